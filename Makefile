@@ -1,0 +1,49 @@
+# Everything a contributor needs; each command sets up what it uses, once.
+PYTHON ?= python3
+PORT ?= 8000
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test quick check lint types imports format bench alerts clean
+
+help: ## show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# The environment is rebuilt when the lock changes, and never otherwise: the second run needs no network.
+.venv/.ready: pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is required; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@VIRTUAL_ENV= $(BIN)/uv sync --quiet --frozen --inexact --all-extras --python $(BIN)/python
+	@touch $@
+
+run: .venv/.ready ## start the demo: PostgreSQL, Valkey, sample data, the API and a page (PORT=8000)
+	@exec $(BIN)/goodstanding demo --port $(PORT)
+
+test: .venv/.ready ## run every test against a real PostgreSQL and Valkey, with coverage
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m coverage run -m pytest
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+
+quick: .venv/.ready ## run the tests that take seconds, without coverage
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+check: lint types imports ## everything that reads the code without running it
+
+lint: .venv/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	@$(BIN)/mypy
+
+imports: .venv/.ready
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+format: .venv/.ready ## mend what can be mended by itself
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+clean: ## remove the environment and every cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist

@@ -1,0 +1,78 @@
+"""The nouns of the domain: who, how often, and how that looks. No I/O, no framework."""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, NewType
+
+from goodstanding.errors import GoodstandingError, InvalidSessionIdError, InvalidUserIdError
+
+UserId = NewType("UserId", str)
+"""A user's UUID in canonical lower-case text: one user, one spelling, one cache key."""
+
+SessionId = NewType("SessionId", str)
+"""A session's UUID in canonical lower-case text."""
+
+_CANONICAL_UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def parse_user_id(text: str) -> UserId:
+    """Read a user id; raises InvalidUserIdError unless it is a hyphenated UUID of ASCII digits, either case.
+
+    Stricter than uuid.UUID, which also takes braces, `urn:uuid:`, missing hyphens and full-width digits.
+    """
+    return UserId(_canonical(text, InvalidUserIdError))
+
+
+def parse_session_id(text: str) -> SessionId:
+    """Read a session id under the same rule as a user id; raises InvalidSessionIdError."""
+    return SessionId(_canonical(text, InvalidSessionIdError))
+
+
+def _canonical(text: str, error: type[GoodstandingError]) -> str:
+    if _CANONICAL_UUID.fullmatch(text) is None:
+        raise error
+    return text.lower()
+
+
+class BadgeColor(StrEnum):
+    """What a person sees at a glance."""
+
+    GOLD = "gold"
+    GREEN = "green"
+    RED = "red"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCounts:
+    """How many sessions a user completed and missed; exact, never clamped, never negative."""
+
+    completed: int
+    no_shows: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no history can hold."""
+        if self.completed < 0 or self.no_shows < 0:
+            message = "session counts cannot be negative"
+            raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class ReputationData:
+    """A user's reputation at one moment: the five members of the HTTP contract.
+
+    `cache_timestamp` is when the value was computed: aware, UTC, microseconds.
+    """
+
+    score: int
+    badge_color: BadgeColor
+    completed_sessions: int
+    no_shows: int
+    cache_timestamp: datetime
+
+    def __post_init__(self) -> None:
+        """Refuse a naive timestamp: it would mean another moment on another machine."""
+        if self.cache_timestamp.utcoffset() is None:
+            message = "cache_timestamp must be an aware datetime"
+            raise ValueError(message)
