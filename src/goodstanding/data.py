@@ -1,6 +1,7 @@
 """The nouns of the domain: who, how often, and how that looks. No I/O, no framework."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -13,6 +14,9 @@ UserId = NewType("UserId", str)
 
 SessionId = NewType("SessionId", str)
 """A session's UUID in canonical lower-case text."""
+
+Clock = Callable[[], datetime]
+"""Gives the present moment: aware, UTC. Handed in, so that a test can own the time."""
 
 _CANONICAL_UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
@@ -42,6 +46,15 @@ class BadgeColor(StrEnum):
     GOLD = "gold"
     GREEN = "green"
     RED = "red"
+
+
+class AtFault(StrEnum):
+    """Whom a recorded verdict names as the cause of a no-show or a cancellation."""
+
+    USER1 = "user1"
+    USER2 = "user2"
+    BOTH = "both"
+    NOBODY = "nobody"
 
 
 @dataclass(frozen=True, slots=True)

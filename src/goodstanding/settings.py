@@ -69,8 +69,9 @@ class Settings(BaseSettings):
         SecretStr,
         Field(
             validation_alias=_name("redis_url", "REDIS_URL"),
-            description="Redis or Valkey: redis://, rediss://, unix://, redis+sentinel://host:port,host:port/service/db "
-            "or redis+cluster://host:port. Empty: the cache is this process's memory.",
+            description="Redis or Valkey: redis://, rediss://, unix://, "
+            "redis+sentinel://host:port,host:port/service/db or redis+cluster://host:port. "
+            "Empty: the cache is this process's memory.",
         ),
     ] = SecretStr("")
     redis_deadline_ms: Annotated[

@@ -1,0 +1,70 @@
+"""Every metric, once. They live in prometheus-client's default registry, so a host app's /metrics shows them too.
+
+Several worker processes add up when PROMETHEUS_MULTIPROC_DIR is set before this module is imported (`serve` does).
+"""
+
+import os
+from typing import Final
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+REQUEST_SECONDS: Final = Histogram(
+    "goodstanding_http_request_seconds",
+    "Time to answer a request, by route template, status and where the answer came from "
+    "(cache, database, stale, or none where no reputation was read).",
+    ("route", "method", "status", "source"),
+    buckets=_SECONDS,
+)
+CACHE_READS: Final = Counter(
+    "goodstanding_cache_reads_total",
+    "Reputations looked up in the cache, by result: hit, miss, or away where the cache could not be asked.",
+    ("result",),
+)
+CACHE_REJECTED: Final = Counter(
+    "goodstanding_cache_rejected_total",
+    "Cached entries that were not served, by reason: corrupt, other_policy, other_user.",
+    ("reason",),
+)
+CACHE_FILLS: Final = Counter(
+    "goodstanding_cache_fills_total",
+    "Attempts to store a loaded value, by result: stored, or lost where the lease no longer held.",
+    ("result",),
+)
+LOADS: Final = Counter(
+    "goodstanding_loads_total",
+    "Users loaded from PostgreSQL, by reason: miss, refresh (ahead of expiry), request (use_cache=false), away.",
+    ("reason",),
+)
+STALE_SERVED: Final = Counter(
+    "goodstanding_stale_served_total", "Last known good copies served because PostgreSQL could not answer."
+)
+INVALIDATIONS: Final = Counter(
+    "goodstanding_invalidations_total",
+    "Users whose cached reputation was dropped, by result: done or failed.",
+    ("result",),
+)
+QUERY_SECONDS: Final = Histogram(
+    "goodstanding_query_seconds", "Time of a database query, by its name.", ("query",), buckets=_SECONDS
+)
+QUERY_ERRORS: Final = Counter("goodstanding_query_errors_total", "Database queries that failed, by name.", ("query",))
+DEPENDENCY_UP: Final = Gauge(
+    "goodstanding_dependency_up",
+    "1 while the dependency's circuit is closed, 0 while it is open.",
+    ("dependency",),
+    multiprocess_mode="min",
+)
+RATE_LIMITED: Final = Counter(
+    "goodstanding_rate_limited_total", "Requests refused by a rate limit, by kind.", ("kind",)
+)
+
+
+def render() -> bytes:
+    """Give the metrics of this process, or of all worker processes together, as Prometheus text."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
