@@ -1,0 +1,1 @@
+"""Goodstanding tells people who are about to meet whether the other one turns up."""
