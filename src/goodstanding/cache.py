@@ -1,0 +1,334 @@
+"""The Redis tier: read many, lease, fill, invalidate; every operation under one deadline, and never retried.
+
+One protocol, the lease, gives stampede protection and safety against stale writes at once. Whoever misses may take
+the user's lease; only its holder stores what it loaded, and only while the lease still holds. An invalidation deletes
+value and lease together, so a load that began before an invalidation can never fill after it.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from importlib.resources import files
+from itertools import islice
+from typing import Any, Final, Protocol, Self, cast
+from urllib.parse import unquote, urlsplit
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from goodstanding.breaker import Breaker, watch
+from goodstanding.data import UserId
+from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
+from goodstanding.errors import TemporarilyUnavailableError
+from goodstanding.metrics import CACHE_REJECTED
+from goodstanding.tasks import background
+
+PREFIX: Final = "reputation:user:"
+PROBE_SECONDS: Final = 0.5
+"""How often Redis is asked to take a write: so soon is a Redis that takes none noticed, and one that is back."""
+
+_LANES: Final = 2
+_SCAN_COUNT: Final = 1000
+_PROBE_KEY: Final = "goodstanding:probe"
+_SCRIPTS: Final = files("goodstanding")
+_FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
+_RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
+_OURS: Final = re.compile(rb"reputation:user:[0-9a-f-]{36}|\{reputation:user:[0-9a-f-]{36}\}:(?:lease|good)")
+
+Command = tuple[str | bytes | int, ...]
+
+
+class CacheAwayError(TemporarilyUnavailableError):
+    """The cache cannot be asked now; the answer must come from elsewhere."""
+
+
+class Cache(Protocol):
+    """What the service asks of a cache. Every method raises CacheAwayError while the cache cannot be asked."""
+
+    @property
+    def available(self) -> bool:
+        """Whether the cache is being asked at all."""
+        ...
+
+    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+        """Read what is cached about each user, and whether a lease is out; one round trip, same order."""
+        ...
+
+    async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
+        """Read the last known good copies; same order."""
+        ...
+
+    async def lease(self, user_ids: Sequence[UserId], token: str, *, seize: bool = False) -> list[bool]:
+        """Take the users' leases under one token; tells which were got. `seize` takes them from whoever holds them."""
+        ...
+
+    async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
+        """Store entries whose leases still hold this token, and end those leases; tells which were stored."""
+        ...
+
+    async def release(self, user_ids: Sequence[UserId], token: str) -> None:
+        """Give leases back without a value."""
+        ...
+
+    async def invalidate(self, user_ids: Sequence[UserId]) -> None:
+        """Drop value, lease and last known good copy together."""
+        ...
+
+    async def invalidate_all(self) -> int:
+        """Drop everything about every user; gives the number of cached values dropped."""
+        ...
+
+
+def value_key(user_id: UserId) -> str:
+    """Name the key of a user's cached reputation."""
+    return f"{PREFIX}{user_id}"
+
+
+def lease_key(user_id: UserId) -> str:
+    """Name the key of a user's lease; the hash tag puts it into the value's Cluster slot."""
+    return f"{{{PREFIX}{user_id}}}:lease"
+
+
+def last_good_key(user_id: UserId) -> str:
+    """Name the key of a user's last known good copy, in the same slot."""
+    return f"{{{PREFIX}{user_id}}}:good"
+
+
+class RedisCache:
+    """The cache in Redis or Valkey. Open it with `open`; it owns its connections and its tasks.
+
+    All commands that are issued in one loop tick travel as one round trip.
+    """
+
+    def __init__(self, client: "Redis | RedisCluster", *, deadline: float, policy: str, lives: Lives) -> None:
+        self._client = client
+        self._deadline = deadline
+        self._policy = policy
+        self._lives = lives
+        self._breaker = Breaker("redis")
+        self._pending: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
+        self._wake = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str, *, deadline: float, policy: str, lives: Lives) -> AsyncIterator[Self]:
+        """Open the cache; `deadline` in seconds. A Redis that is away now is only noted: it may come back."""
+        client = connect(url, deadline=deadline)
+        try:
+            cache = cls(client, deadline=deadline, policy=policy, lives=lives)
+            async with background() as spawn:
+                for _ in range(_LANES):
+                    spawn(cache._lane())
+                with suppress(CacheAwayError):
+                    await cache.probe()
+                spawn(watch(cache._breaker, cache.probe, every=PROBE_SECONDS, while_closed=True))
+                yield cache
+        finally:
+            with suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(deadline * 4):
+                    await client.aclose()
+
+    @property
+    def available(self) -> bool:
+        """Whether Redis is being asked at all."""
+        return self._breaker.closed
+
+    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+        """Read value and lease of each user in one round trip."""
+        replies = await self._send([("MGET", value_key(user), lease_key(user)) for user in user_ids])
+        return [
+            Fetched(self._accept(value, user), None if lease is None else lease.decode("ascii", "replace"))
+            for user, (value, lease) in zip(user_ids, replies, strict=True)
+        ]
+
+    async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
+        """Read the last known good copies in one round trip."""
+        replies = await self._send([("MGET", last_good_key(user)) for user in user_ids])
+        return [self._accept(value, user) for user, (value,) in zip(user_ids, replies, strict=True)]
+
+    async def lease(self, user_ids: Sequence[UserId], token: str, *, seize: bool = False) -> list[bool]:
+        """Take leases that live as long as a load may; at most one holder each."""
+        condition = () if seize else ("NX",)
+        life = self._lives.lease
+        replies = await self._send([("SET", lease_key(user), token, *condition, "PX", life) for user in user_ids])
+        return [bool(reply) for reply in replies]
+
+    async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
+        """Store entries whose leases still hold this token."""
+        replies = await self._send(
+            [
+                (
+                    *("EVAL", _FILL, 3, value_key(user), lease_key(user), last_good_key(user), token),
+                    encode(entry, user_id=user, policy=self._policy),
+                    self._lives.unknown if entry.data is None else self._lives.value,
+                    0 if entry.data is None else self._lives.last_good,
+                )
+                for user, entry in entries.items()
+            ]
+        )
+        return [reply == 1 for reply in replies]
+
+    async def release(self, user_ids: Sequence[UserId], token: str) -> None:
+        """Give leases back without a value, where they are still ours."""
+        await self._send([("EVAL", _RELEASE, 1, lease_key(user), token) for user in user_ids])
+
+    async def invalidate(self, user_ids: Sequence[UserId]) -> None:
+        """Drop value, lease and last known good copy of each user, atomically per user."""
+        await self._send([("DEL", value_key(user), lease_key(user), last_good_key(user)) for user in user_ids])
+
+    async def invalidate_all(self) -> int:
+        """Drop every user's keys with SCAN and UNLINK, a thousand at a time; never KEYS, never FLUSH.
+
+        Leases go first, in a pass of their own: after it no load that began before this call can fill any more,
+        so that the second pass misses nothing.
+        """
+        await self._unlink_matching(f"{{{PREFIX}*}}:lease")
+        return await self._unlink_matching(f"*{PREFIX}*")
+
+    async def add(self, increments: Mapping[str, int], ttl_seconds: int) -> Mapping[str, int]:
+        """Add to shared counters; each lives `ttl_seconds` after its last change."""
+        commands: list[Command] = []
+        for key, amount in increments.items():
+            commands += [("INCRBY", key, amount), ("EXPIRE", key, ttl_seconds)]
+        replies = await self._send(commands)
+        return dict(zip(increments, replies[::2], strict=True))
+
+    async def probe(self) -> None:
+        """Ask Redis to take a write: one that cannot be written cannot be invalidated, so it must not be read."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                await self._client.set(_PROBE_KEY, b"1", px=10_000)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._breaker.open()
+            raise CacheAwayError from error
+
+    def _accept(self, text: bytes | None, user_id: UserId) -> Entry | None:
+        if text is None:
+            return None
+        entry = decode(text, user_id=user_id, policy=self._policy)
+        if isinstance(entry, Rejection):
+            CACHE_REJECTED.labels(entry.value).inc()
+            return None
+        return entry
+
+    async def _unlink_matching(self, pattern: str) -> int:
+        dropped = 0
+        batch: list[bytes] = []
+        try:
+            async for key in self._client.scan_iter(match=pattern, count=_SCAN_COUNT):
+                if _OURS.fullmatch(key):
+                    batch.append(key)
+                    if len(batch) >= _SCAN_COUNT:
+                        dropped += await self._unlink(batch)
+                        batch = []
+        except (RedisError, OSError, TimeoutError) as error:
+            self._breaker.failed()
+            raise CacheAwayError from error
+        return dropped + await self._unlink(batch)
+
+    async def _unlink(self, keys: Iterable[bytes]) -> int:
+        keys = list(keys)
+        replies = await self._send([("UNLINK", key) for key in keys])
+        return sum(int(reply) for key, reply in zip(keys, replies, strict=True) if not key.startswith(b"{"))
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        """Hand commands to the next round trip and wait for their replies, in order."""
+        if not self._breaker.closed:
+            raise CacheAwayError
+        if not commands:
+            return []
+        replies: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._pending.append((commands, replies))
+        self._wake.set()
+        return await replies
+
+    async def _lane(self) -> None:
+        """Carry what is pending to Redis, one round trip after another, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._pending = self._pending, []
+            batch = [(commands, future) for commands, future in batch if not future.done()]
+            if batch:
+                await self._round_trip(batch)
+
+    async def _round_trip(self, batch: Sequence[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]) -> None:
+        try:
+            async with asyncio.timeout(self._deadline):
+                pipeline = self._client.pipeline(transaction=False)
+                for commands, _ in batch:
+                    for command in commands:
+                        pipeline.execute_command(*command)
+                replies = iter(await cast("Awaitable[list[Any]]", pipeline.execute(raise_on_error=False)))
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - a connection that dies under redis-py raises more than RedisError
+            self._breaker.failed()
+            for _, future in batch:
+                _fail(future, error)
+            return
+        self._breaker.succeeded()
+        for commands, future in batch:
+            mine = list(islice(replies, len(commands)))
+            refusal = next((reply for reply in mine if isinstance(reply, Exception)), None)
+            if refusal is not None:
+                # OOM, READONLY, MISCONF, NOAUTH ...: Redis answered, and said that it cannot do its part.
+                self._breaker.open()
+                _fail(future, refusal)
+            elif not future.done():
+                future.set_result(mine)
+
+
+def _fail(future: "asyncio.Future[list[Any]]", cause: Exception) -> None:
+    if not future.done():
+        away = CacheAwayError()
+        away.__cause__ = cause
+        future.set_exception(away)
+
+
+def connect(url: str, *, deadline: float) -> "Redis | RedisCluster":
+    """Build a client for a single server, a Sentinel service or a Cluster; `deadline` in seconds, no retries.
+
+    `redis+sentinel://[user:password@]host:port,host:port/service/db`, `redis+cluster://host:port`, and with
+    `rediss+...` the same over TLS. Nothing is connected yet.
+    """
+    scheme, _, rest = url.partition("://")
+    base, _, topology = scheme.partition("+")
+    # redis-py's defaults wait 60 s on a hung server, and retry; and the hand-shakes that it adds to a new connection
+    # cost round trips that the deadline has to pay for.
+    options: dict[str, Any] = {
+        "socket_timeout": deadline,
+        "socket_connect_timeout": deadline,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+    if topology == "cluster":
+        return RedisCluster.from_url(f"{base}://{rest}", **options)
+    options["driver_info"] = None
+    if topology == "sentinel":
+        parts = urlsplit(f"{base}://{rest}")
+        credentials, _, hosts = parts.netloc.rpartition("@")
+        username, _, password = credentials.partition(":")
+        service, _, database = parts.path.strip("/").partition("/")
+        nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
+        sentinel: Any = Sentinel(  # type: ignore[no-untyped-call] # redis-py leaves it untyped
+            [(node.hostname, node.port or 26379) for node in nodes], sentinel_kwargs=options
+        )
+        client: Redis = sentinel.master_for(
+            service,
+            db=int(database or 0),
+            username=unquote(username) or None,
+            password=unquote(password) or None,
+            ssl=base == "rediss",
+            **options,
+        )
+        return client
+    return Redis.from_url(url, **options)
