@@ -1,0 +1,13 @@
+-- Every query of the service, by name. The service's role can call these three functions and nothing else.
+
+-- name: counts
+-- Exact counts of the known users among those asked for; an unknown user has no row.
+select user_id, completed, no_shows from reputation.counts($1::uuid[], $2::text, $3::text, $4::text)
+
+-- name: attribute
+-- Append a verdict; the session's two users, or no row when there is no such session.
+select user1_id, user2_id from reputation.attribute($1::uuid, $2::text, $3::text, $4::text)
+
+-- name: most_active
+-- Users with the most sessions lately, most first.
+select user_id from reputation.most_active($1::integer) as user_id
