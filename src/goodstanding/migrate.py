@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import asyncpg
 
 from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
 from goodstanding.history import named_queries
+
+if TYPE_CHECKING:
+    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
 Report = Callable[[str], None]
 """Receives one line per step, for people."""
@@ -120,7 +123,7 @@ async def applied_versions(database_url: str) -> frozenset[int]:
         return await _applied(connection)
 
 
-async def _applied(connection: asyncpg.Connection[asyncpg.Record]) -> frozenset[int]:
+async def _applied(connection: "_Connection") -> frozenset[int]:
     if not await connection.fetchval(_INSTALLED):
         return frozenset()
     applied = frozenset(row["version"] for row in await connection.fetch(_APPLIED))
@@ -130,7 +133,7 @@ async def _applied(connection: asyncpg.Connection[asyncpg.Record]) -> frozenset[
     return applied
 
 
-async def _cover(connection: asyncpg.Connection[asyncpg.Record], database_url: str, name: str, say: Report) -> None:
+async def _cover(connection: "_Connection", database_url: str, name: str, say: Report) -> None:
     """Leave a valid index of this name, whatever an interrupted or a concurrent build left behind."""
     async with asyncio.timeout(_INDEX_SECONDS):
         while True:
@@ -151,7 +154,7 @@ async def _cover(connection: asyncpg.Connection[asyncpg.Record], database_url: s
                 say(f"{name}: another build got in the way, trying again")
 
 
-async def _build(connection: asyncpg.Connection[asyncpg.Record], database_url: str, name: str, say: Report) -> None:
+async def _build(connection: "_Connection", database_url: str, name: str, say: Report) -> None:
     built = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -183,7 +186,7 @@ async def _watch(database_url: str, name: str, built: asyncio.Event, say: Report
 
 
 @asynccontextmanager
-async def _connection(database_url: str, say: Report) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+async def _connection(database_url: str, say: Report) -> AsyncIterator["_Connection"]:
     """Connect so that a pooler in transaction mode works too: no named statements, no session state."""
     try:
         connection = await asyncpg.connect(database_url, timeout=_CONNECT_SECONDS, statement_cache_size=0)
