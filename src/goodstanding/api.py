@@ -1,0 +1,436 @@
+"""The routes of the contract, and how an error becomes HTTP. It decides nothing about a reputation."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from uuid import uuid4
+
+import structlog
+from fastapi import APIRouter, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Lifespan
+
+from goodstanding.auth import NOBODY, Authenticator, Caller, Role
+from goodstanding.data import AtFault, UserId, parse_session_id, parse_user_id
+from goodstanding.entry import body
+from goodstanding.errors import (
+    BadRequestError,
+    ForbiddenError,
+    GoodstandingError,
+    InvalidInputError,
+    PayloadTooLargeError,
+    RateLimitedError,
+    TemporarilyUnavailableError,
+    UnauthorizedError,
+    UnsupportedMediaTypeError,
+)
+from goodstanding.limits import LimitKind, RateLimiter
+from goodstanding.metrics import REQUEST_SECONDS, render
+from goodstanding.reputation_service import Answer, ReputationService, Source
+from goodstanding.responses import (
+    AttributionRequest,
+    BatchRequest,
+    BatchResponse,
+    DoneResponse,
+    LiveResponse,
+    ProblemResponse,
+    ReadyResponse,
+    ReputationResponse,
+)
+
+_log = structlog.get_logger("goodstanding")
+_BODY_LIMIT: Final = 64 * 1024
+_BROWSER_SECONDS: Final = 5
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_BOOLEANS: Final = {"true": True, "false": False}
+_METRIC_SOURCES: Final = {Source.HIT: "cache", Source.STALE: "stale"}
+_BEARER: Final = Security(
+    HTTPBearer(auto_error=False, scheme_name="bearer", bearerFormat="JWT", description="A Supabase-style token.")
+)
+"""For the OpenAPI document alone, here and in a host's: what a token is worth, the Authenticator decides."""
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What the routes work with while the application runs."""
+
+    service: ReputationService
+    authenticator: Authenticator
+    limiter: RateLimiter
+    public_reads: bool
+    metrics_public: bool
+
+
+def problem(error: GoodstandingError) -> Response:
+    """Write an error as application/problem+json (RFC 9457)."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    content = json.dumps(
+        {
+            "type": "about:blank",
+            "title": error.title,
+            "status": error.status,
+            "detail": error.detail,
+            "code": error.code,
+        }
+    )
+    return Response(content, error.status, headers, "application/problem+json")
+
+
+def problem_of_http(error: HTTPException) -> GoodstandingError:
+    """Give an error of the framework (an unknown path, a wrong method) the form of ours, without its text."""
+    known = {404: ("not_found", "Not found"), 405: ("method_not_allowed", "Method not allowed")}
+    code, title = known.get(error.status_code, ("bad_request", "Bad request"))
+    ours = GoodstandingError(f"{title}.")
+    # One instance is not one of our classes: it has another's status.
+    ours.status, ours.code, ours.title = error.status_code, code, title  # type: ignore[misc] # shadows the ClassVar
+    return ours
+
+
+class ContractRoute(APIRoute):
+    """A route whose every outcome has the contract's form: errors, request id, metrics; in any host app."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the framework's handler."""
+        handle = super().get_route_handler()
+        route = self.path
+
+        async def handler(request: Request) -> Response:
+            began = time.perf_counter()
+            request_id = request.headers.get("x-request-id", "")
+            if _REQUEST_ID.fullmatch(request_id) is None:
+                request_id = uuid4().hex
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                try:
+                    response = await handle(request)
+                except GoodstandingError as error:
+                    response = problem(error)
+                except RequestValidationError:
+                    response = problem(InvalidInputError())
+                except HTTPException:
+                    raise
+                except Exception:  # noqa: BLE001 - the last net: logged whole, told to nobody
+                    _log.exception("request_failed", route=route)
+                    response = problem(GoodstandingError())
+            response.headers["X-Request-ID"] = request_id
+            source = getattr(request.state, "source", "none")
+            REQUEST_SECONDS.labels(route, request.method, response.status_code, source).observe(
+                time.perf_counter() - began
+            )
+            return response
+
+        return handler
+
+
+class _Endpoints:
+    """What each call does. `runtime` is asked at each request, since it exists only while the lifespan runs."""
+
+    def __init__(self, runtime: Callable[[], Runtime]) -> None:
+        self._runtime = runtime
+
+    def _authorize(self, request: Request, kind: LimitKind, *roles: Role) -> Caller:
+        """Tell who is asking, count the request, and check the role, in this order."""
+        now = self._runtime()
+        headers = request.scope["headers"]
+        peer = request.client.host if request.client is not None else None
+        try:
+            caller = now.authenticator.caller(headers)
+        except UnauthorizedError:
+            # Guessing tokens costs us work, so it is counted where it comes from.
+            now.limiter.take(now.authenticator.rate_key(NOBODY, headers, peer), kind)
+            raise
+        now.limiter.take(now.authenticator.rate_key(caller, headers, peer), kind)
+        if caller.role not in roles:
+            raise UnauthorizedError if caller == NOBODY else ForbiddenError
+        return caller
+
+    async def read_reputation(self, request: Request) -> Response:
+        """Answer with score, badge and counts; Cache-Status (RFC 9211) tells where they came from."""
+        now = self._runtime()
+        readers = (Role.AUTHENTICATED, Role.SERVICE_ROLE) + ((Role.ANONYMOUS,) if now.public_reads else ())
+        self._authorize(request, LimitKind.READ, *readers)
+        user_id = parse_user_id(request.path_params["user_id"])
+        answer = await now.service.read(user_id, use_cache=_use_cache(request))
+        request.state.source = _METRIC_SOURCES.get(answer.source, "database")
+        return _reputation(request, answer)
+
+    async def read_batch(self, request: Request) -> Response:
+        """Answer for many users at once; an unknown user is null."""
+        self._authorize(request, LimitKind.READ, Role.AUTHENTICATED, Role.SERVICE_ROLE)
+        asked = {text: parse_user_id(text) for text in (await _body(request, BatchRequest)).user_ids}
+        answers = await self._runtime().service.read_many(list(dict.fromkeys(asked.values())))
+        sources = {answer.source for answer in answers.values()}
+        request.state.source = (
+            "stale" if Source.STALE in sources else "cache" if sources == {Source.HIT} else "database"
+        )
+        return Response(_batch(asked, answers), media_type="application/json")
+
+    async def invalidate(self, request: Request) -> Response:
+        """Make the next read count anew; also for a user who does not exist."""
+        self._authorize(request, LimitKind.ADMIN, Role.SERVICE_ROLE)
+        user_id = parse_user_id(request.path_params["user_id"])
+        await self._runtime().service.invalidate([user_id])
+        return _done("The cached reputation is gone.")
+
+    async def invalidate_all(self, request: Request) -> Response:
+        """Make every next read count anew, without blocking Redis."""
+        self._authorize(request, LimitKind.ADMIN, Role.SERVICE_ROLE)
+        dropped = await self._runtime().service.invalidate_all()
+        return _done(f"{dropped} cached reputations are gone.")
+
+    async def attribute(self, request: Request) -> Response:
+        """Append a verdict; the newest of a session stands. It counts once the session is no_show or cancelled."""
+        caller = self._authorize(request, LimitKind.ADMIN, Role.SERVICE_ROLE)
+        session_id = parse_session_id(request.path_params["session_id"])
+        verdict = await _body(request, AttributionRequest)
+        told = await self._runtime().service.attribute(
+            session_id, AtFault(verdict.at_fault), reason=verdict.reason, said_by=caller.subject or caller.role.value
+        )
+        if told:
+            return _done("The verdict is recorded.")
+        return _done("The verdict is recorded; the cache is away, so badges may take up to five minutes to follow.")
+
+    async def live(self, _request: Request) -> Response:
+        """Answer as long as the event loop turns."""
+        return _json(LiveResponse(status="alive"))
+
+    async def ready(self, _request: Request) -> Response:
+        """Name the dependencies that are away; with one of the two left, reads are still answered."""
+        degraded = await self._runtime().service.check()
+        if len(degraded) > 1:
+            return _json(ReadyResponse(status="unavailable", degraded=list(degraded)), 503)
+        return _json(ReadyResponse(status="degraded" if degraded else "ready", degraded=list(degraded)))
+
+    async def metrics(self, request: Request) -> Response:
+        """Give this process's metrics, or all worker processes' together."""
+        if not self._runtime().metrics_public:
+            self._authorize(request, LimitKind.ADMIN, Role.SERVICE_ROLE)
+        return Response(render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def build_router(runtime: Callable[[], Runtime], lifespan: Lifespan[Any] | None = None) -> APIRouter:
+    """Build the routes of the contract."""
+    router = APIRouter(route_class=ContractRoute, lifespan=lifespan)
+    endpoints = _Endpoints(runtime)
+    user = {"user_id": "The user's UUID; either case."}
+
+    def add(
+        method: str,
+        path: str,
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]],
+        model: type[BaseModel] | None,
+        summary: str,
+        responses: dict[int | str, dict[str, Any]],
+        extra: dict[str, Any] | None = None,
+        *,
+        open_to_all: bool = False,
+    ) -> None:
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            response_model=model,
+            summary=summary,
+            responses=responses,
+            openapi_extra=extra,
+            dependencies=[] if open_to_all else [_BEARER],
+            response_class=JSONResponse if model is not None else PlainTextResponse,
+            tags=["operation" if path.startswith(("/health", "/metrics")) else "reputation"],
+        )
+
+    single = "/api/user/reputation/{user_id}"
+    add(
+        "GET",
+        single,
+        endpoints.read_reputation,
+        ReputationResponse,
+        "One user's reputation",
+        _problems(400, 401, 403, 404, 422, 429, 503)
+        | {304: {"description": "What the caller has (If-None-Match) still holds."}},
+        _describe(path=user, query={"use_cache": "`false` skips reading the cache and still refreshes it."}),
+    )
+    router.add_api_route(single, endpoints.read_reputation, methods=["HEAD"], include_in_schema=False)
+    add(
+        "POST",
+        "/api/user/reputation/batch",
+        endpoints.read_batch,
+        BatchResponse,
+        "Up to 100 users' reputations",
+        _problems(400, 401, 403, 413, 415, 422, 429, 503),
+        _describe(request_body=BatchRequest),
+    )
+    add(
+        "POST",
+        "/api/user/reputation/cache/invalidate/{user_id}",
+        endpoints.invalidate,
+        DoneResponse,
+        "Drop one user's cached reputation",
+        _problems(400, 401, 403, 422, 429, 503),
+        _describe(path=user),
+    )
+    add(
+        "POST",
+        "/api/user/reputation/cache/invalidate-all",
+        endpoints.invalidate_all,
+        DoneResponse,
+        "Drop every cached reputation",
+        _problems(400, 401, 403, 429, 503),
+    )
+    add(
+        "POST",
+        "/api/admin/sessions/{session_id}/attribution",
+        endpoints.attribute,
+        DoneResponse,
+        "Record who caused a no-show or a cancellation",
+        _problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        _describe(path={"session_id": "The session's UUID."}, request_body=AttributionRequest),
+    )
+    add("GET", "/health/live", endpoints.live, LiveResponse, "Whether the process runs", {}, open_to_all=True)
+    add(
+        "GET",
+        "/health/ready",
+        endpoints.ready,
+        ReadyResponse,
+        "Whether the service can answer",
+        {503: {"model": ReadyResponse, "description": "Neither the database nor the cache answers."}},
+        open_to_all=True,
+    )
+    add("GET", "/metrics", endpoints.metrics, None, "Prometheus metrics", _problems(400, 401, 403, 429))
+    return router
+
+
+def _reputation(request: Request, answer: Answer) -> Response:
+    data = answer.data
+    if data is None:  # pragma: no cover - the service raises for an unknown user
+        raise GoodstandingError
+    match answer.source:
+        case Source.HIT | Source.STALE:
+            status = f"goodstanding; hit; ttl={answer.ttl}"
+        case source:
+            status = f"goodstanding; fwd={source.value}"
+    etag = f'W/"{data.score}-{data.badge_color.value}-{data.completed_sessions}-{data.no_shows}"'
+    headers = {
+        "Cache-Control": f"private, max-age={max(0, min(_BROWSER_SECONDS, answer.ttl))}",
+        "Cache-Status": status,
+        "ETag": etag,
+    }
+    if _matches(request.headers.getlist("if-none-match"), etag):
+        return Response(None, 304, headers)
+    return Response(body(data), 200, headers, "application/json")
+
+
+def _matches(conditions: Sequence[str], etag: str) -> bool:
+    """Compare weakly (RFC 9110, section 13.1.2)."""
+    tags = [tag.strip() for condition in conditions for tag in condition.split(",")]
+    return "*" in tags or etag in tags or etag.removeprefix("W/") in tags
+
+
+def _batch(asked: Mapping[str, UserId], answers: Mapping[UserId, Answer]) -> bytes:
+    members = []
+    for text, user_id in asked.items():
+        data = answers[user_id].data
+        # The text is a canonical UUID by now: nothing in it needs escaping.
+        members.append(b'"%s":%s' % (text.encode(), b"null" if data is None else body(data)))
+    return b'{"reputations":{%s}}' % b",".join(members)
+
+
+def _json(model: BaseModel, status: int = 200) -> Response:
+    return Response(model.model_dump_json(), status, media_type="application/json")
+
+
+def _done(message: str) -> Response:
+    return _json(DoneResponse(success=True, message=message))
+
+
+def _use_cache(request: Request) -> bool:
+    values = request.query_params.getlist("use_cache")
+    if not values:
+        return True
+    if len(values) > 1 or values[0] not in _BOOLEANS:
+        message = "use_cache must be true or false."
+        raise InvalidInputError(message)
+    return _BOOLEANS[values[0]]
+
+
+async def _body(request: Request, model: type[Model]) -> Model:
+    """Read a JSON body of at most 64 KiB, strictly."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaTypeError
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > _BODY_LIMIT:
+            raise PayloadTooLargeError
+    try:
+        return model.model_validate_json(bytes(chunks))
+    except ValidationError as error:
+        kinds = {detail["type"] for detail in error.errors(include_url=False, include_input=False)}
+        if "json_invalid" in kinds:
+            message = "The request body is not valid JSON."
+            raise BadRequestError(message) from None
+        raise InvalidInputError from None
+
+
+_PROBLEM_CLASSES: Final[tuple[type[GoodstandingError], ...]] = (
+    BadRequestError,
+    UnauthorizedError,
+    ForbiddenError,
+    PayloadTooLargeError,
+    UnsupportedMediaTypeError,
+    InvalidInputError,
+    RateLimitedError,
+    TemporarilyUnavailableError,
+)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    described = {error.status: error.default_detail for error in _PROBLEM_CLASSES}
+    described[404] = "There is no such user or session."
+    retry = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
+    return {
+        status: {
+            "description": described[status],
+            "content": {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}},
+        }
+        | ({"headers": retry} if status in {429, 503} else {})
+        for status in statuses
+    }
+
+
+def _describe(
+    *,
+    path: dict[str, str] | None = None,
+    query: dict[str, str] | None = None,
+    request_body: type[BaseModel] | None = None,
+) -> dict[str, Any]:
+    """Describe for the OpenAPI document what a route reads by itself."""
+    uuid = {"type": "string", "format": "uuid"}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "description": text, "schema": uuid}
+        for name, text in (path or {}).items()
+    ] + [
+        {"name": name, "in": "query", "description": text, "schema": {"type": "boolean", "default": True}}
+        for name, text in (query or {}).items()
+    ]
+    described: dict[str, Any] = {}
+    if parameters:
+        described["parameters"] = parameters
+    if request_body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": request_body.model_json_schema()}},
+        }
+    return described

@@ -1,0 +1,444 @@
+"""The service: cache -> history -> calculator -> cache. It alone decides where an answer comes from."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from itertools import count
+from typing import Final, Self
+
+import structlog
+
+from goodstanding.breaker import Breaker, watch
+from goodstanding.cache import Cache, CacheAwayError
+from goodstanding.calculator import ReputationCalculator
+from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
+from goodstanding.entry import Entry, Lives
+from goodstanding.errors import TemporarilyUnavailableError, UserNotFoundError
+from goodstanding.history import SessionHistory
+from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, STALE_SERVED
+from goodstanding.policy import ReputationPolicy
+from goodstanding.tasks import Spawn, background
+
+_log = structlog.get_logger("goodstanding")
+_REFRESH_AT: Final = 0.8
+_REFRESH_JITTER: Final = 0.1
+_POLL_SECONDS: Final = (0.002, 0.02)
+_PROBE_SECONDS: Final = 0.5
+_CHECK_SECONDS: Final = 1.0
+MOST_USERS: Final = 100
+"""Most users that one call may ask for."""
+
+
+class Source(StrEnum):
+    """Where an answer came from."""
+
+    HIT = "hit"
+    MISS = "miss"
+    REQUEST = "request"
+    BYPASS = "bypass"
+    STALE = "stale"
+
+
+class LoadReason(StrEnum):
+    """Why PostgreSQL is asked."""
+
+    MISS = "miss"
+    REFRESH = "refresh"
+    REQUEST = "request"
+    AWAY = "away"
+
+
+_SOURCES: Final = {
+    LoadReason.MISS: Source.MISS,
+    LoadReason.REFRESH: Source.MISS,
+    LoadReason.REQUEST: Source.REQUEST,
+    LoadReason.AWAY: Source.BYPASS,
+}
+
+
+_UNCACHED: Final = frozenset({LoadReason.REQUEST, LoadReason.AWAY})
+"""Loads that never end with a value from the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One user's reputation and where it came from; `data` is None for an unknown user.
+
+    `ttl` is the entry's remaining life in whole seconds, negative when it is stale.
+    """
+
+    data: ReputationData | None
+    source: Source
+    ttl: int
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One load under way, of one or more users, which any number of reads may share."""
+
+    users: tuple[UserId, ...]
+    reason: LoadReason
+    token: str
+    answers: "asyncio.Future[Mapping[UserId, Answer]]"
+    before: "tuple[_Flight, ...]" = ()
+    """Loads of the same users that were under way when this one was begun."""
+    leased: set[UserId] = field(default_factory=set)
+    started: int | None = None
+    """The moment at which its query began, in the service's own order of events; None: not yet."""
+
+    def serves(self, user_id: UserId, *, begin: int, lease: str | None) -> bool:
+        """Tell whether a read that began at `begin`, and then saw `lease`, may share this load.
+
+        It may when the query began after the read did, or when the lease still holds: in both cases no invalidation
+        that came before the read can be missing from what is loaded.
+        """
+        if self.started is None or self.started > begin:
+            return True
+        return lease is not None and user_id in self.leased and lease == self.token
+
+
+class ReputationService:
+    """Reputations, exact and fast, under one policy. Open it with `open`; it owns the loads that it starts.
+
+    `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once.
+    """
+
+    def __init__(  # noqa: PLR0913 - one wiring, all by name
+        self,
+        *,
+        cache: Cache,
+        history: SessionHistory,
+        policy: ReputationPolicy,
+        lives: Lives,
+        load_deadline: float,
+        cache_wait: float,
+        concurrent_loads: int,
+        clock: Clock,
+        random: Callable[[float, float], float],
+        spawn: Spawn,
+    ) -> None:
+        self.policy = policy
+        self._cache = cache
+        self._history = history
+        self._calculator = ReputationCalculator(policy)
+        self._lives = lives
+        self._load_deadline = load_deadline
+        self._cache_wait = cache_wait
+        self._clock = clock
+        self._random = random
+        self._spawn = spawn
+        self._slots = asyncio.Semaphore(concurrent_loads)
+        self._database = Breaker("database")
+        self._flights: dict[UserId, _Flight] = {}
+        self._refreshing: set[UserId] = set()
+        self._events = count()
+        self._checked = -_CHECK_SECONDS
+
+    @classmethod
+    @asynccontextmanager
+    async def open(  # noqa: PLR0913 - one wiring, all by name
+        cls,
+        *,
+        cache: Cache,
+        history: SessionHistory,
+        policy: ReputationPolicy,
+        lives: Lives,
+        load_deadline: float,
+        cache_wait: float,
+        concurrent_loads: int,
+        clock: Clock,
+        random: Callable[[float, float], float],
+    ) -> AsyncIterator[Self]:
+        """Open the service over an open cache and an open history."""
+        async with background() as spawn:
+            service = cls(
+                cache=cache,
+                history=history,
+                policy=policy,
+                lives=lives,
+                load_deadline=load_deadline,
+                cache_wait=cache_wait,
+                concurrent_loads=concurrent_loads,
+                clock=clock,
+                random=random,
+                spawn=spawn,
+            )
+            spawn(watch(service._database, history.ping, every=_PROBE_SECONDS))
+            yield service
+
+    async def check(self) -> tuple[str, ...]:
+        """Name the dependencies that are away: of `database` and `cache`. Asks the database at most once a second."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._checked >= _CHECK_SECONDS:
+            self._checked = loop.time()
+            try:
+                await self._history.ping()
+            except TemporarilyUnavailableError:
+                self._database.open()
+            else:
+                self._database.close()
+        away = {"database": not self._database.closed, "cache": not self._cache.available}
+        return tuple(name for name, is_away in away.items() if is_away)
+
+    async def read(self, user_id: UserId, *, use_cache: bool = True) -> Answer:
+        """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError."""
+        answer = (await self._read([user_id], use_cache=use_cache))[user_id]
+        if answer.data is None:
+            raise UserNotFoundError
+        return answer
+
+    async def read_many(self, user_ids: Sequence[UserId], *, use_cache: bool = True) -> Mapping[UserId, Answer]:
+        """Answer for up to 100 distinct users with one cache round trip and at most one query.
+
+        `Answer.data` is None for unknown users. Raises TemporarilyUnavailableError when any of them cannot be had.
+        """
+        return await self._read(user_ids, use_cache=use_cache)
+
+    async def invalidate(self, user_ids: Sequence[UserId]) -> None:
+        """Drop what is cached about these users; raises CacheAwayError when that cannot be done now."""
+        try:
+            await self._cache.invalidate(user_ids)
+        except CacheAwayError:
+            INVALIDATIONS.labels("failed").inc(len(user_ids))
+            raise
+        INVALIDATIONS.labels("done").inc(len(user_ids))
+
+    async def invalidate_all(self) -> int:
+        """Drop what is cached about everybody; gives the number of values dropped. Raises CacheAwayError."""
+        try:
+            dropped = await self._cache.invalidate_all()
+        except CacheAwayError:
+            INVALIDATIONS.labels("failed").inc()
+            raise
+        INVALIDATIONS.labels("done").inc(dropped)
+        return dropped
+
+    async def attribute(self, session_id: SessionId, at_fault: AtFault, *, reason: str, said_by: str) -> bool:
+        """Record a verdict and drop both users from the cache; tells whether the cache could be told.
+
+        Raises SessionNotFoundError and TemporarilyUnavailableError; nothing is recorded then.
+        """
+        users = await self._history.attribute(session_id, at_fault, reason=reason, said_by=said_by)
+        try:
+            await self.invalidate(users)
+        except CacheAwayError:
+            return False
+        return True
+
+    async def _read(self, user_ids: Sequence[UserId], *, use_cache: bool) -> Mapping[UserId, Answer]:
+        begin = next(self._events)
+        leases: dict[UserId, str | None] = dict.fromkeys(user_ids)
+        answers: dict[UserId, Answer] = {}
+        reason = LoadReason.REQUEST
+        if use_cache:
+            try:
+                answers = await self._cached(leases)
+                reason = LoadReason.MISS
+            except CacheAwayError:
+                CACHE_READS.labels("away").inc(len(leases))
+                reason = LoadReason.AWAY
+        missing = [user for user in leases if user not in answers]
+        if missing:
+            answers |= await self._load(missing, begin=begin, leases=leases, reason=reason)
+        return answers
+
+    async def _cached(self, leases: dict[UserId, str | None]) -> dict[UserId, Answer]:
+        """Answer from the cache for those it knows, and note whose lease is out; raises CacheAwayError."""
+        answers = {}
+        due = []
+        for user, found in zip(leases, await self._cache.fetch([*leases]), strict=True):
+            leases[user] = found.lease
+            if found.entry is not None:
+                answers[user] = self._answer(found.entry, Source.HIT)
+                if found.lease is None and user not in self._refreshing and self._is_due(found.entry):
+                    due.append(user)
+        if due:
+            self._refreshing.update(due)
+            self._spawn(self._refresh(tuple(due)))
+        if answers:
+            CACHE_READS.labels("hit").inc(len(answers))
+        if len(answers) < len(leases):
+            CACHE_READS.labels("miss").inc(len(leases) - len(answers))
+        return answers
+
+    async def _load(
+        self, user_ids: Sequence[UserId], *, begin: int, leases: Mapping[UserId, str | None], reason: LoadReason
+    ) -> dict[UserId, Answer]:
+        """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
+        shared: dict[UserId, _Flight] = {}
+        own = []
+        for user in user_ids:
+            flight = self._flights.get(user)
+            if (
+                flight is not None
+                and (reason is not LoadReason.REQUEST or flight.reason in _UNCACHED)
+                and flight.serves(user, begin=begin, lease=leases[user])
+            ):
+                shared[user] = flight
+            else:
+                own.append(user)
+        if own:
+            flight = self._take_off(tuple(own), reason)
+            shared.update(dict.fromkeys(own, flight))
+            self._spawn(self._fly(flight, foreign={user for user in own if leases[user] is not None}))
+        for flight in set(shared.values()):
+            # Shielded: a caller that goes away takes nobody's load with it.
+            await asyncio.shield(flight.answers)
+        answers = {user: flight.answers.result()[user] for user, flight in shared.items()}
+        stale = sum(answer.source is Source.STALE for answer in answers.values())
+        if stale:
+            STALE_SERVED.inc(stale)
+        return answers
+
+    def _take_off(self, user_ids: tuple[UserId, ...], reason: LoadReason) -> _Flight:
+        future: asyncio.Future[Mapping[UserId, Answer]] = asyncio.get_running_loop().create_future()
+        before = {self._flights[user] for user in user_ids if user in self._flights}
+        flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before))
+        self._flights.update(dict.fromkeys(user_ids, flight))
+        return flight
+
+    async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
+        """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
+        try:
+            answers = await self._answers(flight, foreign)
+        except asyncio.CancelledError:
+            # Only the service's own end cancels a load; whoever still waits for it is told to come back.
+            self._land(flight, TemporarilyUnavailableError())
+            raise
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait for this load
+            self._land(flight, error)
+        else:
+            flight.answers.set_result(answers)
+        finally:
+            for user in flight.users:
+                if self._flights.get(user) is flight:
+                    del self._flights[user]
+
+    @staticmethod
+    def _land(flight: _Flight, error: Exception) -> None:
+        flight.answers.set_exception(error)
+        flight.answers.exception()  # retrieved, even if everyone who waited has gone
+
+    async def _answers(self, flight: _Flight, foreign: set[UserId]) -> Mapping[UserId, Answer]:
+        if flight.reason in _UNCACHED:
+            await self._turn(flight)
+        if flight.reason is not LoadReason.AWAY and not flight.leased:
+            with suppress(CacheAwayError):
+                await self._lease(flight, foreign)
+                if not flight.leased and len(flight.users) == 1:
+                    entry = await self._wait_for_other(flight)
+                    if entry is not None:
+                        return {flight.users[0]: self._answer(entry, Source.MISS)}
+            if not flight.leased:
+                await self._turn(flight)
+        try:
+            entries = await self._query(flight)
+        except TemporarilyUnavailableError:
+            with suppress(CacheAwayError):
+                await self._cache.release([*flight.leased], flight.token)
+            return await self._last_known_good(flight.users)
+        if flight.leased:
+            try:
+                stored = await self._cache.fill({user: entries[user] for user in flight.leased}, flight.token)
+            except CacheAwayError:
+                stored = [False] * len(flight.leased)
+            CACHE_FILLS.labels("stored").inc(sum(stored))
+            CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
+        return {user: self._answer(entry, _SOURCES[flight.reason]) for user, entry in entries.items()}
+
+    async def _turn(self, flight: _Flight) -> None:
+        """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
+        before, flight.before = flight.before, ()
+        if before:
+            await asyncio.wait([earlier.answers for earlier in before], timeout=self._load_deadline)
+
+    async def _lease(self, flight: _Flight, foreign: set[UserId]) -> None:
+        seize = flight.reason is LoadReason.REQUEST
+        wanted = [user for user in flight.users if seize or user not in foreign]
+        got = await self._cache.lease(wanted, flight.token, seize=seize)
+        flight.leased.update(user for user, is_ours in zip(wanted, got, strict=True) if is_ours)
+
+    async def _wait_for_other(self, flight: _Flight) -> Entry | None:
+        """Wait for the value that another process is loading, or for its lease; None: load it ourselves."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._cache_wait
+        while (left := give_up - loop.time()) > 0:
+            await asyncio.sleep(min(left, self._random(*_POLL_SECONDS)))
+            [found] = await self._cache.fetch(flight.users)
+            if found.entry is not None:
+                return found.entry
+            if found.lease is None:
+                await self._lease(flight, set())
+                if flight.leased:
+                    break
+        return None
+
+    async def _query(self, flight: _Flight) -> dict[UserId, Entry]:
+        """Count in PostgreSQL, under the cap on concurrent loads."""
+        if not self._database.closed:
+            raise TemporarilyUnavailableError
+        try:
+            async with asyncio.timeout(self._load_deadline):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise TemporarilyUnavailableError from None
+        try:
+            flight.started = next(self._events)
+            now = self._clock()
+            LOADS.labels(flight.reason.value).inc(len(flight.users))
+            counts = await self._history.counts(flight.users, self.policy)
+        except TemporarilyUnavailableError:
+            self._database.failed()
+            raise
+        finally:
+            self._slots.release()
+        self._database.succeeded()
+        _log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
+        return {
+            user: Entry(
+                self._calculator.calculate(counts[user], now=now) if user in counts else None,
+                now,
+            )
+            for user in flight.users
+        }
+
+    async def _last_known_good(self, user_ids: Sequence[UserId]) -> Mapping[UserId, Answer]:
+        entries: list[Entry | None] = []
+        with suppress(CacheAwayError):
+            entries = await self._cache.fetch_last_good(user_ids)
+        found = [entry for entry in entries if entry is not None]
+        if len(found) < len(user_ids):
+            raise TemporarilyUnavailableError
+        return {user: self._answer(entry, Source.STALE) for user, entry in zip(user_ids, found, strict=True)}
+
+    async def _refresh(self, user_ids: tuple[UserId, ...]) -> None:
+        """Load ahead of expiry those users whose lease is free; a failure leaves the entries as they are."""
+        flight = _Flight(user_ids, LoadReason.REFRESH, secrets.token_hex(8), asyncio.get_running_loop().create_future())
+        try:
+            with suppress(CacheAwayError):
+                await self._lease(flight, set())
+            if flight.leased:
+                flight.users = tuple(flight.leased)
+                self._flights.update(dict.fromkeys(flight.users, flight))
+                await self._fly(flight, foreign=set())
+        finally:
+            self._refreshing.difference_update(user_ids)
+
+    def _is_due(self, entry: Entry) -> bool:
+        """Tell whether an entry is so old that it should be refreshed ahead of its expiry."""
+        if entry.data is None:
+            return False
+        age = (self._clock() - entry.computed_at) / timedelta(milliseconds=self._lives.value)
+        return age >= _REFRESH_AT + self._random(-_REFRESH_JITTER, _REFRESH_JITTER)
+
+    def _answer(self, entry: Entry, source: Source) -> Answer:
+        life = timedelta(milliseconds=self._lives.unknown if entry.data is None else self._lives.value)
+        left = (entry.computed_at + life - self._clock()).total_seconds()
+        if source is Source.STALE:
+            # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
+            return Answer(entry.data, source, min(-1, int(left)))
+        return Answer(entry.data, source, max(0, min(int(left), int(life.total_seconds()))))
