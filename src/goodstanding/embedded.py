@@ -220,16 +220,15 @@ class Server(ABC):
                 self._launch_once()
             except ConfigurationError:
                 # Another process may have taken the port between the look and the start.
-                if attempt + 1 == _PORT_ATTEMPTS or _is_free(self._port):
+                if self.running or attempt + 1 == _PORT_ATTEMPTS or _is_free(self._port):
                     self._port = 0
                     raise
             else:
                 return
 
     def _launch_once(self) -> None:
-        command = [*_tied_to_this_process(self._stop_signal), *self._command()]
         with open(self._log, "wb", opener=_private) as log:
-            self._process = _spawn(command, cwd=self.data_dir, log=log.fileno())
+            self._process = _spawn(self._command(), cwd=self.data_dir, log=log.fileno())
         deadline = time.monotonic() + _START_SECONDS
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -239,7 +238,7 @@ class Server(ABC):
 
 
 class Postgres(Server):
-    """PostgreSQL 18 with the superuser `postgres`; `durable=False` trades crash safety for speed, for tests."""
+    """PostgreSQL 18 with the superuser `postgres`; `durable=False` trades safety against power cuts for speed."""
 
     title = "PostgreSQL"
     _programs = frozenset({"postgres", "initdb"})
@@ -247,7 +246,8 @@ class Postgres(Server):
 
     def __init__(self, data_dir: Path, *, durable: bool = True, settings: Mapping[str, str] = _NO_SETTINGS) -> None:
         super().__init__(data_dir)
-        unsafe = {} if durable else {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        # Commits stay synchronous: what was committed survives kill(), if not a power cut.
+        unsafe = {} if durable else {"fsync": "off", "full_page_writes": "off"}
         self._durable: Final = durable
         self._settings: Final = {"max_connections": "200", **unsafe, **settings}
 
@@ -276,8 +276,8 @@ class Postgres(Server):
         if os.geteuid() == 0:
             os.chown(draft, _NOBODY, _NOBODY)
         command = [
-            *_tied_to_this_process(signal.SIGTERM),
             *self._as_ordinary_user(draft),
+            *_tied_to_this_process(signal.SIGTERM),
             _postgres_program("initdb"),
             f"--pgdata={draft}",
             "--username=postgres",
@@ -331,6 +331,7 @@ class Postgres(Server):
         }
         return [
             *self._as_ordinary_user(self._cluster),
+            *_tied_to_this_process(self._stop_signal),  # last, for changing the user would untie it
             _postgres_program("postgres"),
             "-D",
             str(self._cluster),
@@ -368,6 +369,7 @@ class Valkey(Server):
 
     def _command(self) -> list[str]:
         return [
+            *_tied_to_this_process(self._stop_signal),
             _valkey_program(self.data_dir),
             str(self.data_dir / "valkey.conf"),
             *("--bind", _HOST, "--port", str(self._port)),
