@@ -3,6 +3,7 @@
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from goodstanding import logs
 from goodstanding.api import Runtime, build_router, problem, problem_of_http
 from goodstanding.auth import Authenticator, KeySet
 from goodstanding.cache import Cache, RedisCache
@@ -30,9 +32,18 @@ def utc_now() -> datetime:
     return datetime.now(UTC)  # noqa: TID251 - the edge where time comes in
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The service, and what a command or an application may need beside it."""
+
+    service: ReputationService
+    history: SessionHistory
+    counters: SharedCounters | None
+
+
 @asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[tuple[ReputationService, SharedCounters | None]]:
-    """Open the service that the settings describe, and the counters its cache shares with the fleet, if any."""
+async def open_service(settings: Settings) -> AsyncIterator[Opened]:
+    """Open the service that the settings describe; a dependency that is away now may come later."""
     policy = settings.reputation_policy()
     lives = Lives(
         value=settings.cache_ttl_seconds * 1000,
@@ -73,7 +84,7 @@ async def open_service(settings: Settings) -> AsyncIterator[tuple[ReputationServ
                 random=random.uniform,
             )
         )
-        yield service, counters
+        yield Opened(service, history, counters)
 
 
 @asynccontextmanager
@@ -83,12 +94,12 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         key_set = KeySet.from_settings(settings)
         if key_set is not None:
             await stack.enter_async_context(key_set)
-        service, counters = await stack.enter_async_context(open_service(settings))
-        limiter = RateLimiter.from_settings(settings, clock=utc_now, counters=counters)
+        opened = await stack.enter_async_context(open_service(settings))
+        limiter = RateLimiter.from_settings(settings, clock=utc_now, counters=opened.counters)
         spawn = await stack.enter_async_context(background())
         spawn(limiter.run())
         yield Runtime(
-            service=service,
+            service=opened.service,
             authenticator=Authenticator.from_settings(settings, clock=utc_now, key_set=key_set),
             limiter=limiter,
             public_reads=settings.public_reads,
@@ -153,6 +164,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app.include_router(router(settings))
     return app
+
+
+def create_served_app() -> FastAPI:
+    """Build the application as `goodstanding serve` runs it in each worker process: with its log lines set up."""
+    settings = load_settings()
+    logs.configure(settings)
+    return create_app(settings)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute may be anything
