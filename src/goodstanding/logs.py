@@ -6,10 +6,11 @@ none holds a user's data - no token, no note, no address, no text of another exc
 
 import logging
 import sys
+import traceback
 from typing import TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import ExcInfo, Processor
 
 from goodstanding.settings import Settings
 
@@ -60,8 +61,25 @@ def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
 
 
 def _renderers(*, readable: bool, colors: bool) -> list[Processor]:
-    # Plain tracebacks in both: the richer ones print local variables, and those hold tokens.
+    exceptions = structlog.processors.ExceptionRenderer(_where)
     if readable:
+        # The default formatter would print local variables, and those hold tokens.
         plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        return [exceptions, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    return [exceptions, structlog.processors.JSONRenderer()]
+
+
+def _where(exc_info: ExcInfo) -> str:
+    """Render where an exception came from and of which types it is; its message may quote a user's data."""
+    lines: list[str] = []
+    pending: list[BaseException | None] = [exc_info[1]]
+    while pending:
+        error = pending.pop()
+        if error is None:
+            continue
+        lines += traceback.format_tb(error.__traceback__)
+        lines.append(f"{type(error).__module__}.{type(error).__qualname__}\n")
+        pending.append(error.__cause__ if error.__suppress_context__ else error.__context__)
+        if isinstance(error, BaseExceptionGroup):
+            pending += error.exceptions
+    return "".join(lines).rstrip()
