@@ -192,7 +192,14 @@ async def _connection(database_url: str, say: Report) -> AsyncIterator["_Connect
         connection = await asyncpg.connect(database_url, timeout=_CONNECT_SECONDS, statement_cache_size=0)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:
         raise _explained(error) from error
-    connection.add_log_listener(lambda _, message: say(str(message.message)))
+
+    def warn(_: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.severity_en == "WARNING":
+            say(str(message.message))
+
+    connection.add_log_listener(warn)
+        lambda _, message: say(str(message.message)) if message.severity_en == "WARNING" else None
+    )
     try:
         yield connection
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:

@@ -11,3 +11,7 @@ select user1_id, user2_id from reputation.attribute($1::uuid, $2::text, $3::text
 -- name: most_active
 -- Users with the most sessions lately, most first.
 select user_id from reputation.most_active($1::integer) as user_id
+
+-- name: ping
+-- Whether counts could be answered now: the server, the schema and the rights, without reading anybody's rows.
+select from reputation.counts('{}'::uuid[], 'any', 'unconfirmed', 'nobody')

@@ -225,7 +225,6 @@ begin
                 join public.wingman_sessions as session on session.match_id = match.id
                 offset 0 -- a fence: the verdict is looked up once per session, not once per use
             ) as ended
-            offset 0 -- a fence: so is the outcome
         ) as counted
     ) as tally
     where known.id = any (counts.user_ids);
