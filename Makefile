@@ -45,5 +45,13 @@ imports: .venv/.ready
 format: .venv/.ready ## mend what can be mended by itself
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
+bench: .venv/.ready ## measure the documented figures, as ratios in one run
+	@$(BIN)/python -m benchmarks
+
+alerts: ## check the Prometheus rules and their tests (needs promtool)
+	@command -v promtool >/dev/null || { echo "promtool is missing; on Debian: apt-get install prometheus"; exit 1; }
+	@promtool check rules deploy/prometheus/alerts.yml
+	@promtool test rules deploy/prometheus/alerts_test.yml
+
 clean: ## remove the environment and every cache
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist
