@@ -198,8 +198,6 @@ async def _connection(database_url: str, say: Report) -> AsyncIterator["_Connect
             say(str(message.message))
 
     connection.add_log_listener(warn)
-        lambda _, message: say(str(message.message)) if message.severity_en == "WARNING" else None
-    )
     try:
         yield connection
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
