@@ -140,9 +140,13 @@ class RateLimiter:
 
     async def run(self, *, sync_seconds: float = 0.5) -> None:
         """Compare notes with the fleet, for ever; returns at once when there are no counters to share."""
+        task = asyncio.current_task()
         while self._counters is not None:
             await asyncio.sleep(sync_seconds)
             await self.sync()
+            # Before Python 3.12 asyncio.wait_for, and so redis-py, may swallow a cancellation (python/cpython#86296).
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
 
     async def sync(self) -> None:
         """Tell the fleet what was admitted here since the last time and learn what it admitted; never raises.
