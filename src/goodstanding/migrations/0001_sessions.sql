@@ -6,24 +6,26 @@ declare
     missing text;
 begin
     -- What the functions below need of the host's tables, and nothing that they do not.
-    select pg_catalog.format('public.%s.%s', needed.table_name, needed.column_name) into missing
+    select pg_catalog.format('public.%s.%s (%s)', needed.table_name, needed.column_name, needed.types[1]) into missing
     from (
         values
-            ('user_profiles', 'id'),
-            ('wingman_matches', 'id'),
-            ('wingman_matches', 'user1_id'),
-            ('wingman_matches', 'user2_id'),
-            ('wingman_sessions', 'id'),
-            ('wingman_sessions', 'match_id'),
-            ('wingman_sessions', 'scheduled_time'),
-            ('wingman_sessions', 'status'),
-            ('wingman_sessions', 'user1_completed_confirmed_by_user2'),
-            ('wingman_sessions', 'user2_completed_confirmed_by_user1')
-    ) as needed (table_name, column_name)
+            ('user_profiles', 'id', array['uuid']),
+            ('wingman_matches', 'id', array['uuid']),
+            ('wingman_matches', 'user1_id', array['uuid']),
+            ('wingman_matches', 'user2_id', array['uuid']),
+            ('wingman_sessions', 'id', array['uuid']),
+            ('wingman_sessions', 'match_id', array['uuid']),
+            ('wingman_sessions', 'scheduled_time', array['timestamptz', 'timestamp', 'date']),
+            ('wingman_sessions', 'status', array['varchar', 'text']),
+            ('wingman_sessions', 'user1_completed_confirmed_by_user2', array['bool']),
+            ('wingman_sessions', 'user2_completed_confirmed_by_user1', array['bool'])
+    ) as needed (table_name, column_name, types)
     where not exists (
         select from pg_catalog.pg_attribute as existing
+        join pg_catalog.pg_type as type on type.oid = existing.atttypid
         where existing.attrelid = pg_catalog.to_regclass('public.' || needed.table_name)
             and existing.attname = needed.column_name
+            and (type.typname = any (needed.types) or needed.column_name = 'status' and type.typtype = 'e')
             and not existing.attisdropped
     )
     limit 1;

@@ -1,0 +1,217 @@
+"""What the service's role can do, and how little: refused by the database, whatever the code does."""
+
+import asyncpg
+import pytest
+
+from goodstanding.data import AtFault, SessionCounts
+from goodstanding.history import QUERIES
+from goodstanding.migrate import upgrade
+from goodstanding.policy import STANDARD
+
+from .conftest import SERVICE, Database, command, connect
+
+FUNCTIONS = {
+    "reputation.attribute(uuid,text,text,text)",
+    "reputation.counts(uuid[],text,text,text)",
+    "reputation.most_active(integer)",
+}
+EVERY_GRANT = """
+with grants as (
+    select 'schema ' || nspname as object, (aclexplode(nspacl)).* from pg_namespace
+    union all
+    select 'table ' || oid::regclass, (aclexplode(relacl)).* from pg_class
+    union all
+    select 'column ' || attrelid::regclass || '.' || attname, (aclexplode(attacl)).* from pg_attribute
+    union all
+    select 'function ' || oid::regprocedure, (aclexplode(coalesce(proacl, acldefault('f', proowner)))).* from pg_proc
+    union all
+    select 'database ' || datname, (aclexplode(datacl)).* from pg_database
+    union all
+    select 'type ' || oid::regtype, (aclexplode(typacl)).* from pg_type
+)
+select object, privilege_type, is_grantable from grants where grantee = $1::regrole
+"""
+FOREIGN_GRANTS = """
+select object, grantee from (
+    select 'schema' as object, (aclexplode(nspacl)).* from pg_namespace where nspname = 'reputation'
+    union all
+    select oid::regclass::text, (aclexplode(relacl)).* from pg_class where relnamespace = 'reputation'::regnamespace
+    union all
+    select oid::regprocedure::text, (aclexplode(coalesce(proacl, acldefault('f', proowner)))).*
+    from pg_proc where pronamespace = 'reputation'::regnamespace
+) as granted
+where grantee not in ($1::regrole, 'goodstanding_service'::regrole)
+"""
+GENEROUS = "alter default privileges"
+
+
+async def test_the_role_has_exactly_the_rights_it_needs(database: Database) -> None:
+    """By the catalogues: usage of one schema and execution of three functions, none of it grantable, nothing else."""
+    async with database.owner() as owner:
+        granted = {tuple(row) for row in await owner.fetch(EVERY_GRANT, "goodstanding_service")}
+        role = await owner.fetchrow("select * from pg_roles where rolname = 'goodstanding_service'")
+        owned = await owner.fetchval(
+            "select count(*) from pg_shdepend where refobjid = 'goodstanding_service'::regrole and deptype = 'o'"
+        )
+    assert {
+        ("schema reputation", "USAGE", False),
+        *((f"function {name}", "EXECUTE", False) for name in FUNCTIONS),
+    } == granted
+    assert role is not None
+    for attribute in ("rolsuper", "rolbypassrls", "rolcreaterole", "rolcreatedb", "rolcanlogin", "rolreplication"):
+        assert role[attribute] is False
+    assert owned == 0
+
+
+@pytest.mark.parametrize("generous", [False, True])
+async def test_nobody_else_has_any_right(bare_database: Database, *, generous: bool) -> None:
+    """Neither PUBLIC nor Supabase's roles get in, even where the host's default privileges would let them."""
+    async with bare_database.owner() as owner:
+        if generous:
+            for kind in ("schemas", "tables", "sequences", "functions"):
+                await command(
+                    owner, f"alter default privileges grant all on {kind} to anon, authenticated, service_role"
+                )
+    await upgrade(bare_database.owner_url)
+    async with bare_database.owner() as owner:
+        assert [] == await owner.fetch(FOREIGN_GRANTS, "host_owner")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select notes from public.wingman_sessions",
+        "select venue_name from public.wingman_sessions",
+        "select scheduled_time from public.wingman_sessions",
+        "select count(*) from public.wingman_sessions",
+        "select 1 from public.wingman_matches",
+        "select id from public.user_profiles",
+        "select reason from reputation.attributions",
+        "select version from reputation.migrations",
+        (
+            "insert into reputation.attributions (session_id, at_fault, reason, said_by)"
+            " values (gen_random_uuid(), 'both', 'x', 'y')"
+        ),
+        "update public.wingman_sessions set status = 'completed'",
+        "delete from public.wingman_sessions",
+        "copy public.wingman_sessions to stdout",
+        "select reputation.outcome('completed', true, true, 1, null, 'any', 'both', 'both')",
+        "create table reputation.mine ()",
+        "create function reputation.counts(uuid[]) returns integer language sql return 1",
+        "alter function reputation.counts(uuid[], text, text, text) owner to app_login",
+        "select nextval('reputation.attributions_id_seq')",
+        "set role host_owner",
+    ],
+)
+async def test_the_service_login_is_refused(database: Database, query: str) -> None:
+    """Notes, venues, times, rows and verdicts: PostgreSQL itself refuses, for every way of asking."""
+    match = await database.add_match(await database.add_user(), await database.add_user())
+    await database.add_session(match, notes="private")
+    async with connect(database.service_url) as service:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await service.execute(query)
+
+
+async def test_what_the_service_gets_is_ids_and_counts(database: Database) -> None:
+    """The three functions give nothing that a note, a venue or a time could be in."""
+    async with database.owner() as owner:
+        results = await owner.fetch(
+            "select oid::regprocedure::text as name, pg_get_function_result(oid) as result from pg_proc"
+            " where pronamespace = 'reputation'::regnamespace and prosecdef"
+        )
+    assert {
+        "reputation.attribute(uuid,text,text,text)": "TABLE(user1_id uuid, user2_id uuid)",
+        "reputation.counts(uuid[],text,text,text)": "TABLE(user_id uuid, completed bigint, no_shows bigint)",
+        "reputation.most_active(integer)": "SETOF uuid",
+    } == {row["name"]: row["result"] for row in results}
+
+
+async def test_every_definer_function_is_armoured(database: Database) -> None:
+    """What runs with the owner's rights fixes its search_path, pg_temp last, and turns row security into an error."""
+    async with database.owner() as owner:
+        rows = await owner.fetch("select proconfig from pg_proc where prosecdef and proowner = 'host_owner'::regrole")
+    assert len(rows) == len(FUNCTIONS)
+    for row in rows:
+        assert {"search_path=pg_catalog, pg_temp", "row_security=off"} <= set(row["proconfig"])
+
+
+async def test_shadow_objects_change_nothing(database: Database) -> None:
+    """A service login that plants its own tables, functions and operators in front is still answered correctly."""
+    me, other = await database.add_user(), await database.add_user()
+    session = await database.add_session(await database.add_match(me, other), "no_show", b=True)
+    async with connect(database.superuser_url) as admin:
+        await command(admin, "create schema evil authorization %I", SERVICE)
+    async with connect(database.service_url) as service:
+        await service.execute("""
+            create temporary table user_profiles (id uuid);
+            create temporary table wingman_matches (id uuid, user1_id uuid, user2_id uuid);
+            create temporary table wingman_sessions (id uuid, match_id uuid, status text);
+            create temporary table attributions (session_id uuid, at_fault text);
+            create function evil.same(text, text) returns boolean language plpgsql as
+                $$ begin raise exception 'ran as %', current_user; end $$;
+            create function evil.same(uuid, uuid) returns boolean language plpgsql as
+                $$ begin raise exception 'ran as %', current_user; end $$;
+            create operator evil.= (leftarg = text, rightarg = text, function = evil.same);
+            create operator evil.= (leftarg = uuid, rightarg = uuid, function = evil.same);
+            create function evil.count(anyelement) returns bigint language plpgsql as $$ begin return 999; end $$;
+            create type evil.uuid as enum ('x');
+            set search_path = evil, pg_temp, public, pg_catalog;
+            set row_security = on;
+            set standard_conforming_strings = off;
+        """)
+        rows = await service.fetch(
+            "select * from reputation.counts($1::pg_catalog.uuid[], $2, $3, $4)", [me], *STANDARD.meaning
+        )
+        assert [SessionCounts(completed=0, no_shows=1)] == [
+            SessionCounts(completed=row["completed"], no_shows=row["no_shows"]) for row in rows
+        ]
+        await service.execute("set search_path = evil, pg_temp, public, pg_catalog")
+        verdict = "select user1_id from reputation.attribute($1::pg_catalog.uuid, $2, $3, $4)"
+        assert me == str(await service.fetchval(verdict, session, AtFault.NOBODY.value, "seen", "support"))
+    async with database.owner() as owner:
+        assert await owner.fetchval("select count(*) from reputation.attributions") == 1
+
+
+@pytest.mark.parametrize("text", ["'; drop schema reputation cascade; --", "$$", "\\'", "%I", "x' or '1'='1"])
+async def test_text_stays_text(database: Database, text: str) -> None:
+    """A reason that looks like SQL is recorded as it is."""
+    match = await database.add_match(await database.add_user(), await database.add_user())
+    session = await database.add_session(match, "cancelled")
+    async with connect(database.service_url) as service:
+        await service.fetch(QUERIES["attribute"], session, "user1", text, text)
+    async with database.owner() as owner:
+        row = await owner.fetchrow("select reason, said_by from reputation.attributions")
+    assert row is not None
+    assert (text, text) == tuple(row)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "update reputation.attributions set at_fault = 'nobody'",
+        "delete from reputation.attributions",
+        "truncate reputation.attributions",
+        "update reputation.attributions set at_fault = 'nobody' where false",
+        (
+            "insert into reputation.attributions (session_id, at_fault, reason, said_by)"
+            " select session_id, at_fault, reason, said_by from reputation.attributions"
+            " on conflict (id) do update set at_fault = 'nobody'"
+        ),
+        (
+            "insert into reputation.attributions (id, session_id, at_fault, reason, said_by)"
+            " values (1, gen_random_uuid(), 'both', 'x', 'y')"
+        ),
+    ],
+)
+@pytest.mark.parametrize("superuser", [False, True])
+async def test_verdicts_are_only_appended(database: Database, change: str, *, superuser: bool) -> None:
+    """No verdict is changed, taken back or slipped in under an older number, by nobody: not by owner or superuser."""
+    match = await database.add_match(await database.add_user(), await database.add_user())
+    session = await database.add_session(match, "cancelled")
+    async with connect(database.superuser_url if superuser else database.owner_url) as connection:
+        await connection.fetch(QUERIES["attribute"], session, "user1", "seen", "support")
+        if superuser:
+            await connection.execute("set session_replication_role = replica")
+        with pytest.raises((asyncpg.RestrictViolationError, asyncpg.GeneratedAlwaysError)):
+            await connection.execute(change)
+        assert await connection.fetchval("select at_fault from reputation.attributions") == "user1"

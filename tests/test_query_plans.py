@@ -1,0 +1,124 @@
+"""The queries that must stay cheap: which indexes they use, and how many rows they touch, whatever the statistics."""
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from goodstanding.migrate import upgrade
+from goodstanding.policy import STANDARD
+
+from .conftest import Database
+
+if TYPE_CHECKING:
+    from .conftest import Connection
+
+CROWD = """
+insert into public.user_profiles (id) select md5('user' || n)::uuid from generate_series(1, 500) as n;
+insert into public.wingman_matches (id, user1_id, user2_id)
+select md5('match' || n)::uuid, md5('user' || 1 + n % 500)::uuid, md5('user' || 1 + (n + 1 + n / 500) % 500)::uuid
+from generate_series(1, 5000) as n;
+insert into public.wingman_sessions (match_id, status)
+select md5('match' || n)::uuid, (array['completed', 'no_show', 'cancelled', 'scheduled'])[1 + n % 4]
+from generate_series(1, 5000) as n;
+insert into reputation.attributions (session_id, at_fault, reason, said_by)
+select id, 'nobody', 'seen', 'support' from public.wingman_sessions;
+"""
+SOMEONE = "select md5('user7')::uuid"
+INDEXES = {
+    "idx_wingman_matches_user1",
+    "idx_wingman_matches_user2",
+    "idx_wingman_sessions_match",
+    "attributions_newest",
+}
+COVERING = {
+    "goodstanding_matches_user1",
+    "goodstanding_matches_user2",
+    "goodstanding_sessions_match",
+    "attributions_newest",
+}
+
+
+async def explain(owner: "Connection") -> list[dict[str, Any]]:
+    """Run the body of reputation.counts for one user, under its own settings, and give the nodes of its plan."""
+    body, settings = await owner.fetchrow(  # type: ignore[misc]  # there is such a function
+        "select prosrc, proconfig from pg_proc where oid = 'reputation.counts'::regproc"
+    )
+    match = re.search(r"return query\s(.*);\s*end\s*$", body, re.DOTALL)
+    assert match is not None
+    query = match[1].replace("counts.user_ids", "$1")
+    for number, option in enumerate(("completed_rule", "unattributed_no_show", "unattributed_cancelled"), 2):
+        query = query.replace(f"counts.{option}", f"${number}")
+    async with owner.transaction():
+        for name, _, value in (setting.partition("=") for setting in settings):
+            await owner.fetchval("select set_config($1, $2, true)", name, value)
+        await owner.execute("prepare counted (uuid[], text, text, text) as " + query)
+        someone = await owner.fetchval(SOMEONE)
+        text = await owner.fetchval(
+            await owner.fetchval(
+                "select format('explain (analyze, buffers, format json) execute counted (%L, %L, %L, %L)',"
+                " array[$1::uuid], $2::text, $3::text, $4::text)",
+                someone,
+                *STANDARD.meaning,
+            )
+        )
+        await owner.execute("deallocate counted")
+    return list(_nodes(json.loads(text)[0]["Plan"]))
+
+
+def _nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(node for child in plan.get("Plans", ()) for node in _nodes(child))]
+
+
+def _indexes(nodes: list[dict[str, Any]]) -> set[str]:
+    return {node["Index Name"] for node in nodes if "Index Name" in node}
+
+
+@pytest.mark.parametrize("statistics", ["fresh", "absent", "stale"])
+async def test_counting_one_user_reads_that_users_rows_by_index(database: Database, statistics: str) -> None:
+    """Neither absent nor wrong statistics make it scan a table, and it touches only the user's own sessions."""
+    async with database.owner() as owner:
+        await owner.execute("alter table public.wingman_sessions set (autovacuum_enabled = false)")
+        await owner.execute("alter table public.wingman_matches set (autovacuum_enabled = false)")
+        if statistics == "stale":
+            await owner.execute("analyze")  # while everything is empty
+        await owner.execute(CROWD)
+        if statistics == "fresh":
+            await owner.execute("analyze")
+        nodes = await explain(owner)
+        mine = await owner.fetchval(
+            "select count(*) from public.wingman_matches where (select md5('user7')::uuid) in (user1_id, user2_id)"
+        )
+    assert mine == 20
+    assert {"user_profiles_pkey", *INDEXES} == _indexes(nodes)
+    assert not [node for node in nodes if node["Node Type"] == "Seq Scan"]
+    touched = [
+        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+        for node in nodes
+        if node.get("Relation Name") == "wingman_sessions"
+    ]
+    assert sum(touched) == mine
+
+
+async def test_a_count_looks_for_verdicts_only_where_they_matter(database: Database) -> None:
+    """The log of verdicts is asked about no-shows and cancellations, not about completed sessions."""
+    async with database.owner() as owner:
+        await owner.execute(CROWD)
+        await owner.execute("update public.wingman_sessions set status = 'completed'")
+        nodes = await explain(owner)
+    assert [0] == [node["Actual Loops"] for node in nodes if node.get("Index Name") == "attributions_newest"]
+
+
+async def test_covering_indexes_answer_without_the_tables(database: Database) -> None:
+    """With the optional indexes a count reads indexes only."""
+    await upgrade(database.owner_url, covering_indexes=True)
+    async with database.owner() as owner:
+        await owner.execute(CROWD)
+        for table in ("wingman_matches", "wingman_sessions", "user_profiles"):
+            await owner.execute(f"vacuum analyze public.{table}")
+        await owner.execute("vacuum analyze reputation.attributions")
+        nodes = await explain(owner)
+    assert {"user_profiles_pkey", *COVERING} == _indexes(nodes)
+    assert {"Index Only Scan"} == {node["Node Type"] for node in nodes if "Index Name" in node}
+    assert {0} == {node["Heap Fetches"] for node in nodes if "Heap Fetches" in node}
