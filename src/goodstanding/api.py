@@ -1,5 +1,6 @@
 """The routes of the contract, and how an error becomes HTTP. It decides nothing about a reputation."""
 
+import asyncio
 import json
 import re
 import time
@@ -16,9 +17,10 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Lifespan
 
-from goodstanding.auth import NOBODY, Authenticator, Caller, Role
+from goodstanding.auth import NOBODY, Authenticator, Caller, KeySet, Role
 from goodstanding.data import AtFault, UserId, parse_session_id, parse_user_id
 from goodstanding.entry import body
 from goodstanding.errors import (
@@ -48,6 +50,7 @@ from goodstanding.responses import (
 
 _log = structlog.get_logger("goodstanding")
 _BODY_LIMIT: Final = 64 * 1024
+_BODY_SECONDS: Final = 10.0
 _BROWSER_SECONDS: Final = 5
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BOOLEANS: Final = {"true": True, "false": False}
@@ -66,13 +69,15 @@ class Runtime:
     service: ReputationService
     authenticator: Authenticator
     limiter: RateLimiter
+    key_set: KeySet | None
     public_reads: bool
     metrics_public: bool
 
 
 def problem(error: GoodstandingError) -> Response:
     """Write an error as application/problem+json (RFC 9457)."""
-    headers = {}
+    # An error may be over at once: no cache, of whatever opinion on 404, keeps one.
+    headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, UnauthorizedError):
@@ -89,14 +94,18 @@ def problem(error: GoodstandingError) -> Response:
     return Response(content, error.status, headers, "application/problem+json")
 
 
-def problem_of_http(error: HTTPException) -> GoodstandingError:
+def problem_of_http(error: HTTPException) -> Response:
     """Give an error of the framework (an unknown path, a wrong method) the form of ours, without its text."""
     known = {404: ("not_found", "Not found"), 405: ("method_not_allowed", "Method not allowed")}
     code, title = known.get(error.status_code, ("bad_request", "Bad request"))
     ours = GoodstandingError(f"{title}.")
     # One instance is not one of our classes: it has another's status.
     ours.status, ours.code, ours.title = error.status_code, code, title  # type: ignore[misc] # shadows the ClassVar
-    return ours
+    response = problem(ours)
+    allowed = (error.headers or {}).get("Allow")
+    if allowed is not None:
+        response.headers["Allow"] = "GET, HEAD" if allowed == "GET" else allowed
+    return response
 
 
 class ContractRoute(APIRoute):
@@ -207,11 +216,16 @@ class _Endpoints:
         return _json(LiveResponse(status="alive"))
 
     async def ready(self, _request: Request) -> Response:
-        """Name the dependencies that are away; with one of the two left, reads are still answered."""
-        degraded = await self._runtime().service.check()
-        if len(degraded) > 1:
-            return _json(ReadyResponse(status="unavailable", degraded=list(degraded)), 503)
-        return _json(ReadyResponse(status="degraded" if degraded else "ready", degraded=list(degraded)))
+        """Name the dependencies that are away: with database or cache left, and a key ever seen, reads are answered."""
+        now = self._runtime()
+        degraded: list[Any] = [*await now.service.check()]
+        unavailable = len(degraded) > 1
+        if now.key_set is not None and now.key_set.degraded:
+            degraded.append("jwks")
+            unavailable |= not now.key_set.ready
+        if unavailable:
+            return _json(ReadyResponse(status="unavailable", degraded=degraded), 503)
+        return _json(ReadyResponse(status="degraded" if degraded else "ready", degraded=degraded))
 
     async def metrics(self, request: Request) -> Response:
         """Give this process's metrics, or all worker processes' together."""
@@ -249,19 +263,10 @@ def build_router(runtime: Callable[[], Runtime], lifespan: Lifespan[Any] | None 
             response_class=JSONResponse if model is not None else PlainTextResponse,
             tags=["operation" if path.startswith(("/health", "/metrics")) else "reputation"],
         )
+        if method == "GET":
+            router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
-    single = "/api/user/reputation/{user_id}"
-    add(
-        "GET",
-        single,
-        endpoints.read_reputation,
-        ReputationResponse,
-        "One user's reputation",
-        _problems(400, 401, 403, 404, 422, 429, 503)
-        | {304: {"description": "What the caller has (If-None-Match) still holds."}},
-        _describe(path=user, query={"use_cache": "`false` skips reading the cache and still refreshes it."}),
-    )
-    router.add_api_route(single, endpoints.read_reputation, methods=["HEAD"], include_in_schema=False)
+    # Before the single read, whose path fits this one too: the first route that fits a path tells what it allows.
     add(
         "POST",
         "/api/user/reputation/batch",
@@ -270,6 +275,19 @@ def build_router(runtime: Callable[[], Runtime], lifespan: Lifespan[Any] | None 
         "Up to 100 users' reputations",
         _problems(400, 401, 403, 413, 415, 422, 429, 503),
         _describe(request_body=BatchRequest),
+    )
+    add(
+        "GET",
+        "/api/user/reputation/{user_id}",
+        endpoints.read_reputation,
+        ReputationResponse,
+        "One user's reputation",
+        _problems(400, 401, 403, 404, 422, 429, 503)
+        | {
+            200: {"headers": _READ_HEADERS},
+            304: {"description": "What the caller has (If-None-Match) still holds.", "headers": _READ_HEADERS},
+        },
+        _describe(path=user, query={"use_cache": "`false` skips reading the cache and still refreshes it."}),
     )
     add(
         "POST",
@@ -297,17 +315,17 @@ def build_router(runtime: Callable[[], Runtime], lifespan: Lifespan[Any] | None 
         _problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
         _describe(path={"session_id": "The session's UUID."}, request_body=AttributionRequest),
     )
-    add("GET", "/health/live", endpoints.live, LiveResponse, "Whether the process runs", {}, open_to_all=True)
+    add("GET", "/health/live", endpoints.live, LiveResponse, "Whether the process runs", _problems(), open_to_all=True)
     add(
         "GET",
         "/health/ready",
         endpoints.ready,
         ReadyResponse,
         "Whether the service can answer",
-        {503: {"model": ReadyResponse, "description": "Neither the database nor the cache answers."}},
+        _problems() | {503: {"model": ReadyResponse, "description": "Nobody can be answered now."}},
         open_to_all=True,
     )
-    add("GET", "/metrics", endpoints.metrics, None, "Prometheus metrics", _problems(400, 401, 403, 429))
+    add("GET", "/metrics", endpoints.metrics, None, "Prometheus metrics", _problems(400, 401, 403, 429, 503))
     return router
 
 
@@ -366,14 +384,21 @@ def _use_cache(request: Request) -> bool:
 
 async def _body(request: Request, model: type[Model]) -> Model:
     """Read a JSON body of at most 64 KiB, strictly."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    declared = request.headers.getlist("content-type") or ["application/json"]
+    if len(declared) > 1:
+        raise BadRequestError
+    if declared[0].partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaTypeError
     chunks = bytearray()
-    async for chunk in request.stream():
-        chunks += chunk
-        if len(chunks) > _BODY_LIMIT:
-            raise PayloadTooLargeError
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                chunks += chunk
+                if len(chunks) > _BODY_LIMIT:
+                    raise PayloadTooLargeError
+    except (TimeoutError, ClientDisconnect):
+        message = "The request body did not arrive."
+        raise BadRequestError(message) from None
     try:
         return model.model_validate_json(bytes(chunks))
     except ValidationError as error:
@@ -385,6 +410,7 @@ async def _body(request: Request, model: type[Model]) -> Model:
 
 
 _PROBLEM_CLASSES: Final[tuple[type[GoodstandingError], ...]] = (
+    GoodstandingError,
     BadRequestError,
     UnauthorizedError,
     ForbiddenError,
@@ -397,17 +423,31 @@ _PROBLEM_CLASSES: Final[tuple[type[GoodstandingError], ...]] = (
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe for the OpenAPI document the errors that a call can give; any call can give 500."""
     described = {error.status: error.default_detail for error in _PROBLEM_CLASSES}
     described[404] = "There is no such user or session."
-    retry = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
+    retry = _header("Seconds to wait.", type="integer", minimum=1)
+    headers = {401: {"WWW-Authenticate": _header("The scheme that is asked for.", const="Bearer")}}
+    headers |= {status: {"Retry-After": retry} for status in (429, 503)}
     return {
         status: {
             "description": described[status],
             "content": {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}},
         }
-        | ({"headers": retry} if status in {429, 503} else {})
-        for status in statuses
+        | ({"headers": headers[status]} if status in headers else {})
+        for status in (*statuses, 500)
     }
+
+
+def _header(description: str, **schema: object) -> dict[str, Any]:
+    return {"description": description, "schema": schema or {"type": "string"}}
+
+
+_READ_HEADERS: Final = {
+    "Cache-Status": _header("Where the answer came from (RFC 9211), such as `goodstanding; hit; ttl=212`."),
+    "Cache-Control": _header("How long a browser may keep it: at most 5 seconds."),
+    "ETag": _header("Weak; changes with what a person sees."),
+}
 
 
 def _describe(

@@ -1,6 +1,7 @@
 """The wiring: settings -> cache, history, service, routes -> an application. Nothing else builds these together."""
 
 import random
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from goodstanding.api import Runtime, build_router, problem, problem_of_http
 from goodstanding.auth import Authenticator, KeySet
 from goodstanding.cache import Cache, RedisCache
 from goodstanding.entry import Lives
-from goodstanding.errors import InvalidInputError
+from goodstanding.errors import ConfigurationError, InvalidInputError
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
 from goodstanding.memory import MemoryCache
@@ -88,10 +89,11 @@ async def open_service(settings: Settings) -> AsyncIterator[Opened]:
 
 
 @asynccontextmanager
-async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
+async def open_runtime(
+    settings: Settings, authenticator: Authenticator, key_set: KeySet | None
+) -> AsyncIterator[Runtime]:
     """Open everything that the routes work with."""
     async with AsyncExitStack() as stack:
-        key_set = KeySet.from_settings(settings)
         if key_set is not None:
             await stack.enter_async_context(key_set)
         opened = await stack.enter_async_context(open_service(settings))
@@ -100,8 +102,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         spawn(limiter.run())
         yield Runtime(
             service=opened.service,
-            authenticator=Authenticator.from_settings(settings, clock=utc_now, key_set=key_set),
+            authenticator=authenticator,
             limiter=limiter,
+            key_set=key_set,
             public_reads=settings.public_reads,
             metrics_public=settings.metrics_public,
         )
@@ -115,11 +118,13 @@ def router(settings: Settings | None = None) -> APIRouter:
     settings = load_settings() if settings is None else settings
     settings.require_database()
     settings.require_tokens()
+    key_set = KeySet.from_settings(settings)
+    authenticator = Authenticator.from_settings(settings, clock=utc_now, key_set=key_set)
     running: list[Runtime] = []
 
     @asynccontextmanager
     async def lifespan(_app: object) -> AsyncIterator[None]:
-        async with open_runtime(settings) as runtime:
+        async with open_runtime(settings, authenticator, key_set) as runtime:
             running.append(runtime)
             try:
                 yield
@@ -150,13 +155,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["Authorization", "Content-Type", "If-None-Match", "X-Request-ID"],
+            allow_headers=[
+                *("Authorization", "Content-Type", "If-None-Match", "X-Request-ID"),
+                *(("X-Test-User-ID",) if settings.dev_auth else ()),
+            ],
             expose_headers=["Cache-Status", "ETag", "Retry-After", "X-Request-ID"],
         )
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(_request: Request, error: HTTPException) -> Response:
-        return problem(problem_of_http(error))
+        return problem_of_http(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_request: Request, _error: RequestValidationError) -> Response:
@@ -176,6 +184,11 @@ def create_served_app() -> FastAPI:
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute may be anything
     """Build `app` when a server asks for it (`uvicorn goodstanding.main:app`), never at import."""
     if name == "app":
-        return create_app()
+        try:
+            return create_app()
+        except ConfigurationError as error:
+            # The server that asks knows nothing of our errors; it shall end in one line all the same.
+            sys.stderr.write(f"goodstanding: {error.detail}\n")
+            raise SystemExit(2) from None
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

@@ -3,12 +3,12 @@
 from datetime import datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 from goodstanding.data import BadgeColor
 
 _USER: Final = "3f2b8c1e-9d4a-4c6b-8e5f-1a2b3c4d5e6f"
-_REPUTATION: Final = {
+_REPUTATION: Final[dict[str, JsonValue]] = {
     "score": 7,
     "badge_color": "green",
     "completed_sessions": 8,
@@ -78,6 +78,8 @@ class AttributionRequest(BaseModel):
 class LiveResponse(BaseModel):
     """The process runs."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "alive"}]})
+
     status: Literal["alive"]
 
 
@@ -87,7 +89,7 @@ class ReadyResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "degraded", "degraded": ["cache"]}]})
 
     status: Literal["ready", "degraded", "unavailable"]
-    degraded: list[str]
+    degraded: list[Literal["database", "cache", "jwks"]]
 
 
 class ProblemResponse(BaseModel):
