@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,9 +23,9 @@ from goodstanding import logs
 from goodstanding import migrate as migrations
 from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
-from goodstanding.errors import ConfigurationError, GoodstandingError
-from goodstanding.main import open_service
-from goodstanding.reputation_service import MOST_USERS, Answer
+from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
+from goodstanding.main import create_app, open_service
+from goodstanding.reputation_service import MOST_USERS, Answer, Source
 from goodstanding.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -72,6 +74,21 @@ def _settings(**overrides: object) -> Settings:
     return settings
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"goodstanding {version('goodstanding')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that go before any command."""
+
+
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -84,11 +101,13 @@ def serve(
     """
     with _readable_errors():
         settings = _settings()
-        settings.require_database()
-        settings.require_tokens()
+        # Whatever is wrong is told here in one line, not by a worker in a traceback.
+        create_app(settings)
         if workers > 1 and not settings.redis_url.get_secret_value():
             message = "GOODSTANDING_REDIS_URL: several workers need Redis, so that an invalidation reaches all of them"
             raise ConfigurationError(message)
+    # uvicorn ends in order and then raises the signal again; by default that would skip what is cleaned up here.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="goodstanding-metrics-") as folder:
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -133,8 +152,9 @@ def show(
     """Show one user's reputation."""
 
     async def work() -> None:
+        user = parse_user_id(user_id)
         async with open_service(_settings()) as opened:
-            answer = await opened.service.read(parse_user_id(user_id), use_cache=use_cache)
+            answer = await opened.service.read(user, use_cache=use_cache)
         _print_answer(answer, as_json=as_json)
 
     with _readable_errors():
@@ -209,13 +229,14 @@ def invalidate(
         raise typer.BadParameter(message)
 
     async def work() -> None:
+        users = [parse_user_id(user_id)] if user_id is not None else []
         settings = _settings()
         if not settings.redis_url.get_secret_value():
             message = "GOODSTANDING_REDIS_URL: without Redis each process has a cache of its own; use the HTTP call"
             raise ConfigurationError(message)
         async with open_service(settings) as opened:
-            if user_id is not None:
-                await opened.service.invalidate([parse_user_id(user_id)])
+            if users:
+                await opened.service.invalidate(users)
                 _report("The cached reputation is gone.")
             else:
                 with _out.status("Dropping every cached reputation"):
@@ -249,7 +270,10 @@ def warm(
                 for start in range(0, len(active), step):
                     due = loop.time() + step / rate
                     batch = active[start : start + step]
-                    await opened.service.read_many(batch)
+                    answers = await opened.service.read_many(batch)
+                    if any(answer.source is Source.BYPASS for answer in answers.values()):
+                        message = "Redis is away: there is nothing to fill."
+                        raise TemporarilyUnavailableError(message)
                     progress.advance(task, len(batch))
                     await asyncio.sleep(max(0.0, due - loop.time()))
         _report(f"{len(active)} users are in the cache.")
