@@ -138,20 +138,25 @@ def template(postgres: Postgres, bare_template: str) -> str:
 @pytest.fixture
 async def database(postgres: Postgres, template: str) -> AsyncIterator[Database]:
     """Give a fresh migrated database."""
-    async with _fresh_database(postgres, template) as fresh:
+    async with fresh_database(postgres, template) as fresh:
         yield fresh
 
 
 @pytest.fixture
 async def bare_database(postgres: Postgres, bare_template: str) -> AsyncIterator[Database]:
     """Give a fresh database with the host's tables, not migrated."""
-    async with _fresh_database(postgres, bare_template) as fresh:
+    async with fresh_database(postgres, bare_template) as fresh:
         yield fresh
 
 
 @pytest.fixture
 def redis_url(valkey: Valkey) -> str:
     """Give the URL of an empty, writable Valkey, whatever the test before did to it."""
+    return emptied(valkey)
+
+
+def emptied(valkey: Valkey) -> str:
+    """Make Valkey run, writable and empty; gives its URL."""
     if valkey.running:
         valkey.resume()
     else:
@@ -197,7 +202,8 @@ async def _make_template(postgres: Postgres, bare_template: str) -> None:
 
 
 @asynccontextmanager
-async def _fresh_database(postgres: Postgres, template: str) -> AsyncIterator[Database]:
+async def fresh_database(postgres: Postgres, template: str) -> AsyncIterator[Database]:
+    """Make a database from a template, lend it, and drop it."""
     if postgres.running:
         postgres.resume()
     else:
