@@ -21,7 +21,8 @@ COUNTER_TTL_SECONDS: Final = 3 * WINDOW_SECONDS
 
 _SECOND: Final = 1_000_000
 _WINDOW: Final = WINDOW_SECONDS * _SECOND
-_KEYS_PER_CALL: Final = 500
+# Few, because an exchange shares its round trip, and its deadline, with the cached reads of that moment.
+_CALLERS_PER_CALL: Final = 50
 _EVICTION_SAMPLE: Final = 8
 
 _log = structlog.get_logger("goodstanding")
@@ -157,8 +158,8 @@ class RateLimiter:
         if self._counters is None:
             return
         waiting = list(self._untold.items())
-        for start in range(0, len(waiting), _KEYS_PER_CALL):
-            batch = waiting[start : start + _KEYS_PER_CALL]
+        for start in range(0, len(waiting), _CALLERS_PER_CALL):
+            batch = waiting[start : start + _CALLERS_PER_CALL]
             for name, _ in batch:
                 self._untold.pop(name, None)
             if not await self._exchange(self._counters, batch):
@@ -180,12 +181,12 @@ class RateLimiter:
                 count.known, count.untold = count.total, 0
         try:
             totals = await counters.add({key: added for key, (_, added) in told.items()}, COUNTER_TTL_SECONDS)
+            for key, (count, _) in told.items():
+                # A counter that was lost (a flush, an eviction) does not give anybody a second helping.
+                count.known = max(count.known, totals.get(key, 0))
         except Exception as error:  # noqa: BLE001 - counting must never end the service, whatever ails the counters
             self._note(shared=False, reason=type(error).__name__)
             return False
-        for key, (count, _) in told.items():
-            # A counter that was lost (a flush, an eviction) does not give anybody a second helping.
-            count.known = max(count.known, totals.get(key, 0))
         self._note(shared=True)
         return True
 
