@@ -82,6 +82,8 @@ end
 $$;
 
 create schema reputation;
+-- Where the service's login, which may not read the table below, sees the version.
+comment on schema reputation is 'Goodstanding, version 1';
 
 create table reputation.migrations (
     version integer primary key,
