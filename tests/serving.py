@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -190,6 +191,27 @@ def token(role: str = "authenticated", *, secret: str = SECRET, **claims: object
 def bearer(role: str = "authenticated", **claims: object) -> dict[str, str]:
     """Give the header of a caller with this role."""
     return {"Authorization": f"Bearer {token(role, **claims)}"}  # type: ignore[arg-type] # `secret` is not a claim
+
+
+@dataclass(frozen=True, slots=True)
+class RawAnswer:
+    """What came back over a socket, unread by any client library."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def raw_exchange(url: str, request: bytes) -> RawAnswer:
+    """Send bytes as they are, and read one answer; fails when there is none."""
+    address = httpx2.URL(url)
+    with socket.create_connection((address.host, address.port or 80), timeout=_DEADLINE) as connection:
+        # A server may answer, and close, before it has read everything.
+        with suppress(ConnectionError):
+            connection.sendall(request)
+        answer = HTTPResponse(connection, method=request.partition(b" ")[0].decode("latin-1"))
+        answer.begin()
+        return RawAnswer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
 
 
 def free_port() -> int:
