@@ -50,6 +50,16 @@ def cache_directory() -> Path:
     return platformdirs.user_cache_path("goodstanding")
 
 
+def kept_secret(path: Path) -> str:
+    """Give the random text of a file that only its owner can read; the first use makes it."""
+    if not path.exists():
+        draft = path.with_suffix(".new")
+        with open(draft, "w", opener=_private) as file:
+            file.write(secrets.token_urlsafe(32))
+        draft.rename(path)
+    return path.read_text()
+
+
 class Server(ABC):
     """One server process and its data folder, which it owns alone while it runs.
 
@@ -153,14 +163,7 @@ class Server(ABC):
 
     @property
     def _password(self) -> str:
-        """The superuser's password, made by the first use."""
-        path = self.data_dir / "password"
-        if not path.exists():
-            draft = path.with_suffix(".new")
-            with open(draft, "w", opener=_private) as file:
-                file.write(secrets.token_urlsafe(24))
-            draft.rename(path)
-        return path.read_text()
+        return kept_secret(self.data_dir / "password")
 
     @property
     def _log(self) -> Path:
