@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
-from goodstanding.data import BadgeColor, ReputationData, UserId
+from goodstanding.data import BadgeColor, ReputationData, SessionCounts, UserId
 
 _MEMBERS: Final = ("score", "badge_color", "completed_sessions", "no_shows")
 
@@ -83,19 +83,27 @@ def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
         if value["score"] is None:
             entry = Entry(None, computed_at)
         else:
+            counts = SessionCounts(_whole(value["completed_sessions"]), _whole(value["no_shows"]))
             entry = Entry(
                 ReputationData(
-                    score=value["score"],
+                    score=_whole(value["score"]),
                     badge_color=BadgeColor(value["badge_color"]),
-                    completed_sessions=value["completed_sessions"],
-                    no_shows=value["no_shows"],
+                    completed_sessions=counts.completed,
+                    no_shows=counts.no_shows,
                     cache_timestamp=computed_at,
                 ),
                 computed_at,
             )
-        # Comparing with what would have been written leaves nothing to check by hand: types, ranges, extra members.
+        # Comparing with what would have been written leaves no more to check by hand: order, spelling, extra members.
         if encode(entry, user_id=user_id, policy=policy) != text:
             return Rejection.CORRUPT
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return Rejection.CORRUPT
     return entry
+
+
+def _whole(number: object) -> int:
+    """Give a whole number back; raises TypeError for anything else, such as 7.0, [] or true."""
+    if type(number) is not int:
+        raise TypeError
+    return number
