@@ -69,7 +69,9 @@ async def watch(
             continue
         try:
             await probe()
-        except GoodstandingError:
+        except Exception as error:  # noqa: BLE001 - whatever ails a dependency, its watch outlives it
+            if not isinstance(error, GoodstandingError):
+                _log.exception("probe_failed", dependency=breaker.dependency)
             if while_closed:
                 breaker.open()
         else:
