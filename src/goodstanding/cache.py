@@ -35,6 +35,8 @@ PROBE_SECONDS: Final = 0.5
 _LANES: Final = 2
 _SCAN_COUNT: Final = 1000
 _PROBE_KEY: Final = "goodstanding:probe"
+_PROBE_MS: Final = 10_000
+_MOST_PROBE_KEYS: Final = 1000
 _SCRIPTS: Final = files("goodstanding")
 _FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
 _RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
@@ -113,6 +115,7 @@ class RedisCache:
         self._breaker = Breaker("redis")
         self._pending: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
         self._wake = asyncio.Event()
+        self._closed = False
 
     @classmethod
     @asynccontextmanager
@@ -127,7 +130,10 @@ class RedisCache:
                 with suppress(CacheAwayError):
                     await cache.probe()
                 spawn(watch(cache._breaker, cache.probe, every=PROBE_SECONDS, while_closed=True))
-                yield cache
+                try:
+                    yield cache
+                finally:
+                    cache._close()
         finally:
             with suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(deadline * 4):
@@ -202,10 +208,28 @@ class RedisCache:
         """Ask Redis to take a write: one that cannot be written cannot be invalidated, so it must not be read."""
         try:
             async with asyncio.timeout(self._deadline):
-                await self._client.set(_PROBE_KEY, b"1", px=10_000)
-        except (RedisError, OSError, TimeoutError) as error:
+                await self._client.initialize()
+                pipeline = self._client.pipeline(transaction=False)
+                for key in self._probe_keys():
+                    pipeline.set(key, b"1", px=_PROBE_MS)
+                await pipeline.execute()
+        except Exception as error:
             self._breaker.open()
             raise CacheAwayError from error
+
+    def _probe_keys(self) -> Sequence[str]:
+        """Give a key for every server that takes writes: of a Cluster, one for each primary."""
+        if not isinstance(self._client, RedisCluster):
+            return [_PROBE_KEY]
+        wanted = {node.name for node in self._client.get_primaries()}
+        keys: dict[str, str] = {}
+        for key in (f"{_PROBE_KEY}:{number}" for number in range(_MOST_PROBE_KEYS)):
+            node = self._client.get_node_from_key(key)
+            if node is not None:
+                keys.setdefault(node.name, key)
+            if keys.keys() >= wanted:
+                break
+        return [*keys.values()]
 
     def _accept(self, text: bytes | None, user_id: UserId) -> Entry | None:
         if text is None:
@@ -219,6 +243,8 @@ class RedisCache:
     async def _unlink_matching(self, pattern: str) -> int:
         dropped = 0
         batch: list[bytes] = []
+        if not self._breaker.closed:
+            raise CacheAwayError
         try:
             async for key in self._client.scan_iter(match=pattern, count=_SCAN_COUNT):
                 if _OURS.fullmatch(key):
@@ -226,7 +252,9 @@ class RedisCache:
                     if len(batch) >= _SCAN_COUNT:
                         dropped += await self._unlink(batch)
                         batch = []
-        except (RedisError, OSError, TimeoutError) as error:
+        except CacheAwayError:
+            raise
+        except Exception as error:
             self._breaker.failed()
             raise CacheAwayError from error
         return dropped + await self._unlink(batch)
@@ -238,7 +266,7 @@ class RedisCache:
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
         """Hand commands to the next round trip and wait for their replies, in order."""
-        if not self._breaker.closed:
+        if self._closed or not self._breaker.closed:
             raise CacheAwayError
         if not commands:
             return []
@@ -247,6 +275,12 @@ class RedisCache:
         self._wake.set()
         return await replies
 
+    def _close(self) -> None:
+        """Tell whoever still asks, or asks later, that nobody answers any more."""
+        self._closed = True
+        for _, future in self._pending:
+            _fail(future, None)
+
     async def _lane(self) -> None:
         """Carry what is pending to Redis, one round trip after another, until cancelled."""
         while True:
@@ -254,8 +288,12 @@ class RedisCache:
             self._wake.clear()
             batch, self._pending = self._pending, []
             batch = [(commands, future) for commands, future in batch if not future.done()]
-            if batch:
+            if batch and self._breaker.closed:
                 await self._round_trip(batch)
+            else:
+                # The circuit opened while these waited for a lane: they need not find out for themselves.
+                for _, future in batch:
+                    _fail(future, None)
 
     async def _round_trip(self, batch: Sequence[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]) -> None:
         try:
@@ -265,9 +303,9 @@ class RedisCache:
                     for command in commands:
                         pipeline.execute_command(*command)
                 replies = iter(await cast("Awaitable[list[Any]]", pipeline.execute(raise_on_error=False)))
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             for _, future in batch:
-                future.cancel()
+                _fail(future, error)
             raise
         except Exception as error:  # noqa: BLE001 - a connection that dies under redis-py raises more than RedisError
             self._breaker.failed()
@@ -286,7 +324,7 @@ class RedisCache:
                 future.set_result(mine)
 
 
-def _fail(future: "asyncio.Future[list[Any]]", cause: Exception) -> None:
+def _fail(future: "asyncio.Future[list[Any]]", cause: BaseException | None) -> None:
     if not future.done():
         away = CacheAwayError()
         away.__cause__ = cause

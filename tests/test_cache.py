@@ -1,0 +1,527 @@
+"""The cache protocol, the same for Redis and for memory; then what only Redis can get wrong."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from goodstanding import cache as cache_module
+from goodstanding.cache import CacheAwayError, RedisCache, connect, last_good_key, lease_key, value_key
+from goodstanding.data import UserId, parse_user_id
+from goodstanding.entry import Entry, Fetched, Lives, encode
+from goodstanding.policy import LEGACY, STANDARD
+from tests.parts import (
+    LIVES,
+    NOON,
+    PATIENT,
+    Kit,
+    Proxy,
+    admin,
+    entry,
+    eventually,
+    memory_kit,
+    metric,
+    open_redis,
+    redis_kit,
+    user,
+)
+
+_ME, _OTHER = user(1), user(2)
+_UNKNOWN = Entry(None, NOON)
+_NOTHING = Fetched(None, None)
+
+
+@pytest.fixture(params=["redis", "memory"])
+async def kit(request: pytest.FixtureRequest) -> AsyncIterator[Kit]:
+    """Give each cache in turn."""
+    if request.param == "memory":
+        async with memory_kit() as kit:
+            yield kit
+    else:
+        async with redis_kit(request.getfixturevalue("redis_url")) as kit:
+            yield kit
+
+
+@pytest.fixture
+async def redis_cache(redis_url: str) -> AsyncIterator[RedisCache]:
+    """Give the Redis cache alone."""
+    async with open_redis(redis_url) as cache:
+        yield cache
+
+
+async def test_an_empty_cache_knows_nobody(kit: Kit) -> None:
+    """A miss is no entry and no lease, for as many users as asked, and none when none is asked."""
+    assert [_NOTHING, _NOTHING] == await kit.cache.fetch([_ME, _OTHER])
+    assert [None, None] == await kit.cache.fetch_last_good([_ME, _OTHER])
+    assert [] == await kit.cache.fetch([])
+    assert kit.cache.available
+
+
+async def test_the_holder_of_a_lease_fills(kit: Kit) -> None:
+    """Lease, fill, read back: the lease ends with the fill."""
+    assert [True, True] == await kit.cache.lease([_ME, _OTHER], "t1")
+    assert [Fetched(None, "t1")] == await kit.cache.fetch([_ME])
+    assert [True, True] == await kit.cache.fill({_ME: entry(3), _OTHER: entry(4)}, "t1")
+    assert [Fetched(entry(4), None), Fetched(entry(3), None)] == await kit.cache.fetch([_OTHER, _ME])
+    assert [entry(3), entry(4)] == await kit.cache.fetch_last_good([_ME, _OTHER])
+
+
+async def test_a_lease_has_one_holder(kit: Kit) -> None:
+    """A lease that is out is not given again, except to one who seizes it."""
+    await kit.cache.lease([_ME], "t1")
+    assert [False, True] == await kit.cache.lease([_ME, _OTHER], "t2")
+    assert [True] == await kit.cache.lease([_ME], "t3", seize=True)
+    assert [Fetched(None, "t3")] == await kit.cache.fetch([_ME])
+    assert [False] == await kit.cache.fill({_ME: entry()}, "t1")
+    assert [True] == await kit.cache.fill({_ME: entry()}, "t3")
+
+
+async def test_nobody_fills_without_a_lease(kit: Kit) -> None:
+    """Without a lease, with somebody else's, or a second time: nothing is stored."""
+    assert [False] == await kit.cache.fill({_ME: entry()}, "t1")
+    await kit.cache.lease([_ME], "t1")
+    assert [False] == await kit.cache.fill({_ME: entry()}, "t2")
+    assert [True] == await kit.cache.fill({_ME: entry(1)}, "t1")
+    assert [False] == await kit.cache.fill({_ME: entry(2)}, "t1")
+    assert [Fetched(entry(1), None)] == await kit.cache.fetch([_ME])
+
+
+async def test_an_invalidation_drops_value_lease_and_last_known_good(kit: Kit) -> None:
+    """After it nothing is left, and a load that began before it cannot fill; other users keep what they have."""
+    await kit.cache.lease([_ME, _OTHER], "t1")
+    await kit.cache.fill({_ME: entry(), _OTHER: entry()}, "t1")
+    await kit.cache.lease([_ME], "t2")
+    await kit.cache.invalidate([_ME])
+    assert [_NOTHING, Fetched(entry(), None)] == await kit.cache.fetch([_ME, _OTHER])
+    assert [None, entry()] == await kit.cache.fetch_last_good([_ME, _OTHER])
+    assert [False] == await kit.cache.fill({_ME: entry()}, "t2")
+    assert [_NOTHING] == await kit.cache.fetch([_ME])
+
+
+async def test_a_stale_load_cannot_use_its_successors_lease(kit: Kit) -> None:
+    """A lease taken after an invalidation is not the one that was taken before it."""
+    await kit.cache.lease([_ME], "before")
+    await kit.cache.invalidate([_ME])
+    assert [True] == await kit.cache.lease([_ME], "after")
+    assert [False] == await kit.cache.fill({_ME: entry(1)}, "before")
+    assert [True] == await kit.cache.fill({_ME: entry(2)}, "after")
+    assert [Fetched(entry(2), None)] == await kit.cache.fetch([_ME])
+
+
+async def test_a_lease_is_given_back_by_its_holder_alone(kit: Kit) -> None:
+    """A release ends the own lease, nobody else's, and no value."""
+    await kit.cache.lease([_ME], "t1")
+    await kit.cache.release([_ME, _OTHER], "t2")
+    assert [Fetched(None, "t1")] == await kit.cache.fetch([_ME])
+    await kit.cache.release([_ME], "t1")
+    assert [_NOTHING] == await kit.cache.fetch([_ME])
+    await kit.cache.release([], "t1")
+
+
+async def test_a_value_lives_as_long_as_told(kit: Kit) -> None:
+    """A known user's value is gone after its life; the last known good copy stays for its own."""
+    await kit.cache.lease([_ME], "t1")
+    await kit.cache.fill({_ME: entry()}, "t1")
+    await kit.move_on(LIVES.value - 10_000)
+    assert [Fetched(entry(), None)] == await kit.cache.fetch([_ME])
+    await kit.move_on(10_000)
+    assert [_NOTHING] == await kit.cache.fetch([_ME])
+    assert [entry()] == await kit.cache.fetch_last_good([_ME])
+    await kit.move_on(LIVES.last_good - LIVES.value)
+    assert [None] == await kit.cache.fetch_last_good([_ME])
+
+
+async def test_an_unknown_user_is_remembered_shortly(kit: Kit) -> None:
+    """It has a shorter life, and no last known good copy: the one of the time before it was deleted goes."""
+    await kit.cache.lease([_ME], "t1")
+    await kit.cache.fill({_ME: entry()}, "t1")
+    await kit.cache.lease([_ME], "t2")
+    await kit.cache.fill({_ME: _UNKNOWN}, "t2")
+    assert [Fetched(_UNKNOWN, None)] == await kit.cache.fetch([_ME])
+    assert [None] == await kit.cache.fetch_last_good([_ME])
+    await kit.move_on(LIVES.unknown)
+    assert [_NOTHING] == await kit.cache.fetch([_ME])
+
+
+async def test_a_lease_ends_by_itself(kit: Kit) -> None:
+    """A holder that died blocks nobody for longer than a load may take, and cannot fill any more."""
+    await kit.cache.lease([_ME], "t1")
+    await kit.move_on(LIVES.lease)
+    assert [_NOTHING] == await kit.cache.fetch([_ME])
+    assert [False] == await kit.cache.fill({_ME: entry()}, "t1")
+    assert [True] == await kit.cache.lease([_ME], "t2")
+
+
+async def test_everybody_is_dropped_at_once(kit: Kit) -> None:
+    """It tells how many values went; leases and last known good copies go too."""
+    users = [user(number) for number in range(10)]
+    await kit.cache.lease(users, "t1")
+    await kit.cache.fill(dict.fromkeys(users[:7], entry()), "t1")
+    assert 7 == await kit.cache.invalidate_all()
+    assert [_NOTHING] * 10 == await kit.cache.fetch(users)
+    assert [None] * 10 == await kit.cache.fetch_last_good(users)
+    assert [False] * 3 == await kit.cache.fill(dict.fromkeys(users[7:], entry()), "t1")
+    assert 0 == await kit.cache.invalidate_all()
+
+
+@pytest.mark.parametrize("kind", ["redis", "memory"])
+async def test_without_a_life_there_is_no_last_known_good_copy(kind: str, request: pytest.FixtureRequest) -> None:
+    """A life of 0 turns the copies off, and drops one that another process left."""
+    lives = Lives(value=300_000, unknown=30_000, last_good=0, lease=1000)
+    opened = (
+        memory_kit(lives=lives) if kind == "memory" else redis_kit(request.getfixturevalue("redis_url"), lives=lives)
+    )
+    async with opened as kit:
+        await kit.cache.lease([_ME], "t1")
+        assert [True] == await kit.cache.fill({_ME: entry()}, "t1")
+        assert [None] == await kit.cache.fetch_last_good([_ME])
+        assert [Fetched(entry(), None)] == await kit.cache.fetch([_ME])
+
+
+async def test_only_one_of_many_gets_the_lease(kit: Kit) -> None:
+    """A hundred at once: one holder."""
+    got = await asyncio.gather(*(kit.cache.lease([_ME], f"t{number}") for number in range(100)))
+    assert 1 == sum(is_ours for [is_ours] in got)
+
+
+# What only Redis can get wrong.
+
+
+async def test_keys_are_named_as_documented(redis_cache: RedisCache, redis_url: str) -> None:
+    """The value is under reputation:user:<id>, lower case, and all three keys of a user share a Cluster slot."""
+    me = parse_user_id("AAAAAAAA-BBBB-4CCC-8DDD-EEEEEEEEEEEE")
+    await redis_cache.lease([me], "t1")
+    async with admin(redis_url) as client:
+        assert b"t1" == await client.get("{reputation:user:aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee}:lease")
+        await redis_cache.fill({me: entry()}, "t1")
+        keys = {key async for key in client.scan_iter("*reputation*")}
+        assert {
+            b"reputation:user:aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee",
+            b"{reputation:user:aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee}:good",
+        } == keys
+        value = json.loads(await client.get(value_key(me)) or b"")
+        assert (7, "green", 7, 0) == tuple(value.values())[:4]
+        assert [me, STANDARD.version] == [value["user_id"], value["policy"]]
+    cluster = RedisCluster(host="localhost")
+    assert 1 == len({cluster.keyslot(name(me)) for name in (value_key, lease_key, last_good_key)})
+
+
+async def test_every_key_expires_by_itself(redis_cache: RedisCache, redis_url: str) -> None:
+    """At most 300 s for a value, 30 s for an unknown user, an hour for a last known good copy."""
+    await redis_cache.lease([_ME, _OTHER, user(3)], "t1")
+    await redis_cache.fill({_ME: entry(), _OTHER: _UNKNOWN}, "t1")
+    async with admin(redis_url) as client:
+        assert 290_000 < await client.pttl(value_key(_ME)) <= 300_000
+        assert 20_000 < await client.pttl(value_key(_OTHER)) <= 30_000
+        assert 3_590_000 < await client.pttl(last_good_key(_ME)) <= 3_600_000
+        assert 0 < await client.pttl(lease_key(user(3))) <= LIVES.lease
+        assert all([await client.pttl(key) > 0 async for key in client.scan_iter("*")])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"not json", "corrupt"),
+        (b"", "corrupt"),
+        (encode(entry(), user_id=_ME, policy=STANDARD.version)[:-5], "corrupt"),
+        (encode(entry(), user_id=_ME, policy=LEGACY.version), "other_policy"),
+        (encode(entry(), user_id=_OTHER, policy=STANDARD.version), "other_user"),
+    ],
+)
+async def test_a_bad_entry_is_a_miss_counted_and_replaced(
+    redis_cache: RedisCache, redis_url: str, text: bytes, reason: str
+) -> None:
+    """Corrupt, of another policy or of another user: not served, told apart in the metrics, and overwritten."""
+    async with admin(redis_url) as client:
+        await client.set(value_key(_ME), text)
+        await client.set(last_good_key(_ME), text)
+        before = metric("goodstanding_cache_rejected_total", reason=reason)
+        assert [_NOTHING] == await redis_cache.fetch([_ME])
+        assert [None] == await redis_cache.fetch_last_good([_ME])
+        assert before + 2 == metric("goodstanding_cache_rejected_total", reason=reason)
+        assert [True] == await redis_cache.lease([_ME], "t1")
+        assert [True] == await redis_cache.fill({_ME: entry()}, "t1")
+        assert [Fetched(entry(), None)] == await redis_cache.fetch([_ME])
+        assert [entry()] == await redis_cache.fetch_last_good([_ME])
+        assert await client.pttl(value_key(_ME)) > 0
+
+
+async def test_keys_of_another_type_break_nothing(redis_cache: RedisCache, redis_url: str) -> None:
+    """A list where a text should be is a miss; a fill, a seized lease or an invalidation replaces it."""
+    async with admin(redis_url) as client:
+        for name in (value_key, lease_key, last_good_key):
+            await client.rpush(name(_ME), "x")
+        assert [_NOTHING, _NOTHING] == await redis_cache.fetch([_ME, _OTHER])
+        assert [None] == await redis_cache.fetch_last_good([_ME])
+        assert [False] == await redis_cache.lease([_ME], "t1")
+        assert [False] == await redis_cache.fill({_ME: entry()}, "t1")
+        await redis_cache.release([_ME], "t1")
+        assert redis_cache.available
+        assert [True] == await redis_cache.lease([_ME], "t2", seize=True)
+        assert [True] == await redis_cache.fill({_ME: entry()}, "t2")
+        assert [Fetched(entry(), None)] == await redis_cache.fetch([_ME])
+        await client.delete(value_key(_ME))
+        await client.rpush(value_key(_ME), "x")
+        await redis_cache.invalidate([_ME])
+        assert 0 == await client.exists(value_key(_ME), last_good_key(_ME))
+
+
+async def test_a_hundred_users_cost_one_round_trip(redis_url: str) -> None:
+    """Every call takes any number of users at the price of one, and calls of the same moment share it."""
+    users = [user(number) for number in range(100)]
+    async with Proxy(redis_url).serve() as proxy, open_redis(proxy.url) as cache:
+
+        def turns(command: bytes) -> int:
+            return sum(command in turn for turn in proxy.turns)
+
+        await cache.fetch(users)
+        assert 1 == turns(b"MGET")
+        await cache.lease(users, "t1")
+        assert 1 == turns(b"NX")
+        await cache.fill(dict.fromkeys(users, entry()), "t1")
+        assert 1 == turns(b"EVAL")
+        await asyncio.gather(*(cache.fetch([me]) for me in users))
+        assert 2 == turns(b"MGET")
+        await cache.invalidate(users)
+        assert 1 == turns(b"DEL\r\n")
+
+
+async def test_everybody_is_dropped_without_blocking_redis(redis_url: str) -> None:
+    """Five thousand users go by SCAN and UNLINK; no KEYS, no FLUSH, and no key that merely looks similar."""
+    users = [user(number) for number in range(5000)]
+    similar = [
+        "reputation:user:",
+        "reputation:user:someone",
+        f"reputation:user:{_ME}:settings",
+        f"xreputation:user:{_ME}",
+        f"app:reputation:user:{_ME}",
+        f"{{reputation:user:{_ME}}}:leases",
+        f"{{reputation:user:{_ME}}}",
+        f"reputation:users:{_ME}",
+        f"reputation:user:{_ME.replace('-', '_')}",
+        "goodstanding:limit:read:x:1",
+        "other",
+    ]
+    async with open_redis(redis_url) as cache, admin(redis_url) as client:
+        for start in range(0, 5000, 1000):
+            batch = users[start : start + 1000]
+            await cache.lease(batch, "t1")
+            await cache.fill(dict.fromkeys(batch[:990], entry()), "t1")
+        for key in similar:
+            await client.set(key, "mine")
+        await client.config_resetstat()
+        assert 4950 == await cache.invalidate_all()
+        commands = await client.info("commandstats")
+        assert {"cmdstat_scan", "cmdstat_unlink"} <= commands.keys()
+        assert not {"cmdstat_keys", "cmdstat_flushall", "cmdstat_flushdb"} & commands.keys()
+        left = {key.decode() async for key in client.scan_iter("*") if not key.startswith(b"goodstanding:probe")}
+        assert set(similar) == left
+
+
+async def test_a_load_begun_before_everybody_was_dropped_cannot_fill(redis_url: str) -> None:
+    """However the two interleave: what was leased before never stays, what is leased after does."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    async with open_redis(redis_url) as cache, open_redis(redis_url) as elsewhere:
+        for _ in range(30):
+            before = [user(number) for number in range(40)]
+            await cache.lease(before, "before")
+
+            async def fill(users: Sequence[UserId], turns: int) -> None:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await cache.fill(dict.fromkeys(users, entry()), "before")
+
+            await asyncio.gather(
+                elsewhere.invalidate_all(),
+                *(fill(before[start : start + 4], rng.randrange(60)) for start in range(0, 40, 4)),
+            )
+            assert [_NOTHING] * 40 == await cache.fetch(before), f"seed {seed}"
+            assert [None] * 40 == await cache.fetch_last_good(before), f"seed {seed}"
+            await cache.lease(before[:1], "after")
+            assert [True] == await cache.fill({before[0]: entry()}, "after"), f"seed {seed}"
+
+
+async def test_counters_add_up(redis_url: str) -> None:
+    """Increments of all processes add up, 0 only reads, and each counter expires by itself."""
+    async with open_redis(redis_url) as one, open_redis(redis_url) as two, admin(redis_url) as client:
+        assert {"a": 3, "b": 1} == await one.add({"a": 3, "b": 1}, 60)
+        assert {"a": 5, "b": 1} == await two.add({"a": 2, "b": 0}, 60)
+        assert 50 < await client.ttl("a") <= 60
+        assert {} == await one.add({}, 60)
+
+
+async def test_answers_are_never_mixed_up(redis_url: str) -> None:
+    """Deadlines that strike in the middle of answers leave no connection from which the next reads a stranger's."""
+    users = [user(number) for number in range(50)]
+    rng = random.Random(7)  # noqa: S311 - reproducible, not secret
+    proxy = Proxy(redis_url)
+    before = metric("goodstanding_cache_rejected_total", reason="other_user")
+    async with open_redis(redis_url) as direct:
+        await direct.lease(users, "t1")
+        await direct.fill({me: entry(number) for number, me in enumerate(users)}, "t1")
+    async with proxy.serve(), open_redis(proxy.url, deadline=0.03) as cache:
+        proxy.delay = lambda: rng.choice((0.0, 0.0, 0.02, 0.06))
+        answered = away = 0
+
+        async def read(number: int) -> None:
+            nonlocal answered, away
+            try:
+                [found] = await cache.fetch([users[number]])
+            except CacheAwayError:
+                away += 1
+            else:
+                assert Fetched(entry(number), None) == found
+                answered += 1
+
+        for _ in range(40):
+            await asyncio.gather(*(read(rng.randrange(50)) for _ in range(5)))
+            cache._breaker.close()  # noqa: SLF001 - this is about connections, not about the circuit
+        proxy.delay = lambda: 0.0
+    assert answered > 0
+    assert away > 0
+    assert before == metric("goodstanding_cache_rejected_total", reason="other_user")
+
+
+async def test_a_caller_that_goes_away_harms_nobody(redis_cache: RedisCache) -> None:
+    """A cancelled call is neutral: its neighbours in the same round trip are answered, the circuit stays closed."""
+    for _ in range(20):
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(redis_cache.fetch([user(number)])) for number in range(30)]
+            await asyncio.sleep(0)
+            for task in tasks[::3]:
+                task.cancel()
+        assert all(task.cancelled() for task in tasks[::3])
+        assert all([_NOTHING] == task.result() for task in tasks if not task.cancelled())
+    assert redis_cache.available
+
+
+async def test_a_closed_cache_answers_at_once(redis_url: str) -> None:
+    """Whoever still asks when it closes, or asks later, is told that it is away, and waits for nothing."""
+    proxy = Proxy(redis_url)
+    loop = asyncio.get_running_loop()
+    async with proxy.serve(), asyncio.TaskGroup() as group:
+        async with open_redis(proxy.url) as cache:
+            proxy.delay = lambda: 3600.0
+            calls, sent = [], len(proxy.turns)
+            for number in range(6):
+                calls.append(group.create_task(_outcome(cache.fetch([user(number)]))))
+                await eventually(lambda: len(proxy.turns) >= sent + min(2, len(calls)))
+            began = loop.time()
+        assert all([isinstance(await call, CacheAwayError) for call in calls])
+        assert isinstance(await _outcome(cache.fetch([_ME])), CacheAwayError)
+        assert loop.time() - began < PATIENT / 2
+
+
+async def test_a_wait_for_a_lane_ends_when_the_circuit_opens(redis_url: str) -> None:
+    """Calls that have not been sent yet do not find out for themselves that Redis hangs."""
+    proxy = Proxy(redis_url)
+    loop = asyncio.get_running_loop()
+    async with proxy.serve(), open_redis(proxy.url, deadline=1.0) as cache, asyncio.TaskGroup() as group:
+        proxy.delay = lambda: 3600.0
+        calls, sent = [group.create_task(_outcome(cache.probe()))], len(proxy.turns)
+        for number in range(6):
+            await eventually(lambda: len(proxy.turns) >= sent + min(3, len(calls)))
+            calls.append(group.create_task(_outcome(cache.fetch([user(number)]))))
+        began = loop.time()
+        assert all([isinstance(await call, CacheAwayError) for call in calls])
+        assert loop.time() - began < 1.8
+        assert not cache.available
+
+
+async def _outcome(call: Any) -> object:  # noqa: ANN401 - any call, any outcome
+    try:
+        return await call
+    except CacheAwayError as error:
+        return error
+
+
+async def test_the_circuit_opens_on_a_refusal(redis_cache: RedisCache, redis_url: str) -> None:
+    """A Redis that answers that it cannot do its part is away at once, and back with the next good probe."""
+    async with admin(redis_url) as client:
+        await client.config_set("maxmemory", 1)
+        with pytest.raises(CacheAwayError):
+            await redis_cache.lease([_ME], "t1")
+        assert not redis_cache.available
+        for call in (
+            redis_cache.fetch([_ME]),
+            redis_cache.fetch_last_good([_ME]),
+            redis_cache.fill({_ME: entry()}, "t1"),
+            redis_cache.release([_ME], "t1"),
+            redis_cache.invalidate([_ME]),
+            redis_cache.invalidate_all(),
+            redis_cache.add({"a": 1}, 60),
+        ):
+            with pytest.raises(CacheAwayError):
+                await call
+        await client.config_set("maxmemory", 0)
+    await eventually(lambda: redis_cache.available)
+
+
+async def test_dropping_everybody_fails_when_redis_goes_away(
+    redis_cache: RedisCache, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that could not be finished is never told as done."""
+    users = [user(number) for number in range(10)]
+    await redis_cache.lease(users, "t1")
+    monkeypatch.setattr(cache_module, "_SCAN_COUNT", 2)
+    async with admin(redis_url) as client:
+        await client.acl_setuser("default", enabled=True, keys=["*"], commands=["+@all", "-unlink"])
+        try:
+            with pytest.raises(CacheAwayError):
+                await redis_cache.invalidate_all()
+            await client.acl_setuser("default", enabled=True, keys=["*"], commands=["+@all", "-scan"])
+            await eventually(lambda: redis_cache.available)
+            with pytest.raises(CacheAwayError):
+                await redis_cache.invalidate_all()
+        finally:
+            await client.acl_setuser("default", enabled=True, keys=["*"], commands=["+@all"])
+
+
+async def test_opening_does_not_need_redis() -> None:
+    """A Redis that is away when the service starts is only noted."""
+    async with open_redis("redis://127.0.0.1:1/0", deadline=0.5) as cache:
+        assert not cache.available
+        with pytest.raises(CacheAwayError):
+            await cache.fetch([_ME])
+
+
+def test_urls_of_every_kind_are_understood() -> None:
+    """Single, TLS, socket, Sentinel with credentials and Cluster; nothing is connected yet."""
+    single: Any = connect("redis://me:p%40ss@example:7000/3", deadline=0.05)
+    kwargs = single.connection_pool.connection_kwargs
+    assert ("example", 7000, 3, "me", "p@ss") == tuple(
+        kwargs[name] for name in ("host", "port", "db", "username", "password")
+    )
+    assert (0.05, 0.05) == (kwargs["socket_timeout"], kwargs["socket_connect_timeout"])
+    assert 0 == kwargs["retry"].get_retries()
+    assert isinstance(connect("rediss://example", deadline=0.05), Redis)
+    assert isinstance(connect("unix:///run/redis.sock", deadline=0.05), Redis)
+    sentinel: Any = connect("rediss+sentinel://me:p%40ss@one:1,two/main/4", deadline=0.05)
+    pool = sentinel.connection_pool
+    assert "main" == pool.service_name
+    assert [("one", 1), ("two", 26379)] == [
+        (peer.connection_pool.connection_kwargs["host"], peer.connection_pool.connection_kwargs["port"])
+        for peer in pool.sentinel_manager.sentinels
+    ]
+    assert (4, "me", "p@ss") == tuple(pool.connection_kwargs[name] for name in ("db", "username", "password"))
+    assert "SSL" in pool.connection_class.__name__
+    plain: Any = connect("redis+sentinel://one/main", deadline=0.05)
+    assert (0, None) == (
+        plain.connection_pool.connection_kwargs["db"],
+        plain.connection_pool.connection_kwargs["password"],
+    )
+    assert isinstance(connect("redis+cluster://example:7000", deadline=0.05), RedisCluster)
+
+
+async def test_the_life_of_a_value_counts_from_the_fill(redis_cache: RedisCache) -> None:
+    """An entry's own moment does not matter to Redis; whether it is due is the service's question."""
+    old = entry(at=NOON - timedelta(days=400))
+    await redis_cache.lease([_ME], "t1")
+    await redis_cache.fill({_ME: old}, "t1")
+    assert [Fetched(old, None)] == await redis_cache.fetch([_ME])
