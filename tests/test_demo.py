@@ -17,7 +17,7 @@ import httpx2
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
-from goodstanding import demo
+from goodstanding import demo, embedded
 from goodstanding.demo import Ending, Event, ending
 from goodstanding.embedded import Postgres, Server, Valkey
 from goodstanding.errors import ConfigurationError
@@ -373,8 +373,7 @@ def test_it_ends_quietly_and_keeps_its_data(demonstration: Demo) -> None:
     running = demonstration
     for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
         assert (code, "") == running.end(how)
-        psutil.wait_procs(processes(demonstration.folder), timeout=_SECONDS)
-        assert [] == processes(demonstration.folder)
+        assert [] == embedded._still_alive(processes(demonstration.folder))  # noqa: SLF001 - the condition to wait for
         running = Demo.start(demonstration.folder)
         assert "Making" not in running.printed
         with running.client() as client:

@@ -210,8 +210,7 @@ class Server(ABC):
             for process in strays:
                 if process.ppid() not in pids:
                     process.send_signal(self._stop_signal)
-        _, alive = psutil.wait_procs(strays, timeout=_STOP_SECONDS)
-        _end(alive, signal.SIGKILL)
+        _end(_still_alive(strays), signal.SIGKILL)
 
     def _launch(self) -> None:
         if self._port:
@@ -459,7 +458,27 @@ def _end(processes: "Sequence[psutil.Process]", how: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(how)
-    psutil.wait_procs(processes, timeout=_STOP_SECONDS)
+    _still_alive(processes)
+
+
+def _still_alive(processes: "Sequence[psutil.Process]") -> "Sequence[psutil.Process]":
+    """Wait up to 15 seconds for the processes to end; gives those that did not.
+
+    A zombie has ended: in a container its new parent may be a process 1 that never reaps it.
+    """
+    deadline = time.monotonic() + _STOP_SECONDS
+    while alive := [process for process in processes if _lives(process)]:
+        if time.monotonic() > deadline:
+            return alive
+        time.sleep(_POLL_SECONDS)
+    return []
+
+
+def _lives(process: "psutil.Process") -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _private(path: str, flags: int) -> int:
