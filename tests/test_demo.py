@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 import asyncpg
 import httpx2
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import pytest
 
 from goodstanding import demo, embedded

@@ -29,7 +29,7 @@ _EXTRA: Final = 'the embedded servers are an extra: pip install "goodstanding[de
 
 try:
     import platformdirs
-    import psutil  # type: ignore[import-untyped]  # it ships no types
+    import psutil
 except ImportError:
     raise ConfigurationError(_EXTRA) from None
 
