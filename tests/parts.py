@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import redis.asyncio
 from prometheus_client import REGISTRY
@@ -32,6 +33,11 @@ PATIENT: Final = 5.0
 def user(number: int) -> UserId:
     """Give a user id that is easy to tell apart."""
     return UserId(f"00000000-0000-4000-8000-{number:012x}")
+
+
+def stranger() -> UserId:
+    """Give a user id that no test had before."""
+    return UserId(str(uuid4()))
 
 
 def entry(score: int = 7, *, at: datetime = NOON) -> Entry:

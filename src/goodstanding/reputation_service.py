@@ -54,11 +54,10 @@ class LoadReason(StrEnum):
 
 _SOURCES: Final = {
     LoadReason.MISS: Source.MISS,
-    LoadReason.REFRESH: Source.MISS,
     LoadReason.REQUEST: Source.REQUEST,
     LoadReason.AWAY: Source.BYPASS,
 }
-
+"""What a read tells of a loaded answer: the reason is the read's own, whoever's load it shared."""
 
 _UNCACHED: Final = frozenset({LoadReason.REQUEST, LoadReason.AWAY})
 """Loads that never end with a value from the cache."""
@@ -76,6 +75,14 @@ class Answer:
     ttl: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a load ended with; where it is `stale`, the last known good copies of those users who have one."""
+
+    entries: Mapping[UserId, Entry]
+    stale: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One load under way, of one or more users, which any number of reads may share."""
@@ -83,12 +90,14 @@ class _Flight:
     users: tuple[UserId, ...]
     reason: LoadReason
     token: str
-    answers: "asyncio.Future[Mapping[UserId, Answer]]"
+    loaded: "asyncio.Future[_Loaded]"
     before: "tuple[_Flight, ...]" = ()
     """Loads of the same users that were under way when this one was begun."""
     leased: set[UserId] = field(default_factory=set)
     started: int | None = None
-    """The moment at which its query began, in the service's own order of events; None: not yet."""
+    """The moment at which it began to read its outcome, in the service's own order of events; None: not yet."""
+    newest: int = -1
+    """The moment at which the newest of the reads that share it began."""
 
     def serves(self, user_id: UserId, *, begin: int, lease: str | None) -> bool:
         """Tell whether a read that began at `begin`, and then saw `lease`, may share this load.
@@ -256,7 +265,7 @@ class ReputationService:
                 answers[user] = self._answer(found.entry, Source.HIT)
                 if found.lease is None and user not in self._refreshing and self._is_due(found.entry):
                     due.append(user)
-        if due:
+        if due and self._database.closed:
             self._refreshing.update(due)
             self._spawn(self._refresh(tuple(due)))
         if answers:
@@ -275,55 +284,64 @@ class ReputationService:
             flight = self._flights.get(user)
             if (
                 flight is not None
-                and (reason is not LoadReason.REQUEST or flight.reason in _UNCACHED)
+                and (reason is not LoadReason.REQUEST or flight.reason is LoadReason.REQUEST)
                 and flight.serves(user, begin=begin, lease=leases[user])
             ):
+                flight.newest = max(flight.newest, begin)
                 shared[user] = flight
             else:
                 own.append(user)
         if own:
-            flight = self._take_off(tuple(own), reason)
+            flight = self._take_off(
+                tuple(own), reason, begin=begin, foreign={user for user in own if leases[user] is not None}
+            )
             shared.update(dict.fromkeys(own, flight))
-            self._spawn(self._fly(flight, foreign={user for user in own if leases[user] is not None}))
         for flight in set(shared.values()):
             # Shielded: a caller that goes away takes nobody's load with it.
-            await asyncio.shield(flight.answers)
-        answers = {user: flight.answers.result()[user] for user, flight in shared.items()}
+            await asyncio.shield(flight.loaded)
+        answers = {}
+        for user, flight in shared.items():
+            loaded = flight.loaded.result()
+            if user not in loaded.entries:
+                raise TemporarilyUnavailableError
+            answers[user] = self._answer(loaded.entries[user], Source.STALE if loaded.stale else _SOURCES[reason])
         stale = sum(answer.source is Source.STALE for answer in answers.values())
         if stale:
             STALE_SERVED.inc(stale)
         return answers
 
-    def _take_off(self, user_ids: tuple[UserId, ...], reason: LoadReason) -> _Flight:
-        future: asyncio.Future[Mapping[UserId, Answer]] = asyncio.get_running_loop().create_future()
+    def _take_off(
+        self, user_ids: tuple[UserId, ...], reason: LoadReason, *, begin: int, foreign: set[UserId]
+    ) -> _Flight:
+        future: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
         before = {self._flights[user] for user in user_ids if user in self._flights}
-        flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before))
+        flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before), newest=begin)
         self._flights.update(dict.fromkeys(user_ids, flight))
+        task = self._spawn(self._fly(flight, foreign=foreign))
+        # A task that is cancelled before its first step runs nothing, not even its `finally`.
+        task.add_done_callback(lambda _: self._land(flight, TemporarilyUnavailableError()))
         return flight
 
     async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
         """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
         try:
-            answers = await self._answers(flight, foreign)
-        except asyncio.CancelledError:
-            # Only the service's own end cancels a load; whoever still waits for it is told to come back.
-            self._land(flight, TemporarilyUnavailableError())
-            raise
+            flight.loaded.set_result(await self._outcome(flight, foreign))
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait for this load
             self._land(flight, error)
-        else:
-            flight.answers.set_result(answers)
         finally:
+            # Only the service's own end cancels a load; whoever still waits for it is told to come back.
+            self._land(flight, TemporarilyUnavailableError())
             for user in flight.users:
                 if self._flights.get(user) is flight:
                     del self._flights[user]
 
     @staticmethod
     def _land(flight: _Flight, error: Exception) -> None:
-        flight.answers.set_exception(error)
-        flight.answers.exception()  # retrieved, even if everyone who waited has gone
+        if not flight.loaded.done():
+            flight.loaded.set_exception(error)
+            flight.loaded.exception()  # retrieved, even if everyone who waited has gone
 
-    async def _answers(self, flight: _Flight, foreign: set[UserId]) -> Mapping[UserId, Answer]:
+    async def _outcome(self, flight: _Flight, foreign: set[UserId]) -> _Loaded:
         if flight.reason in _UNCACHED:
             await self._turn(flight)
         if flight.reason is not LoadReason.AWAY and not flight.leased:
@@ -332,7 +350,7 @@ class ReputationService:
                 if not flight.leased and len(flight.users) == 1:
                     entry = await self._wait_for_other(flight)
                     if entry is not None:
-                        return {flight.users[0]: self._answer(entry, Source.MISS)}
+                        return _Loaded({flight.users[0]: entry})
             if not flight.leased:
                 await self._turn(flight)
         try:
@@ -340,6 +358,8 @@ class ReputationService:
         except TemporarilyUnavailableError:
             with suppress(CacheAwayError):
                 await self._cache.release([*flight.leased], flight.token)
+            # What follows is read from here on, and a read that begins later may come after an invalidation.
+            flight.started = next(self._events)
             return await self._last_known_good(flight.users)
         if flight.leased:
             try:
@@ -348,13 +368,13 @@ class ReputationService:
                 stored = [False] * len(flight.leased)
             CACHE_FILLS.labels("stored").inc(sum(stored))
             CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
-        return {user: self._answer(entry, _SOURCES[flight.reason]) for user, entry in entries.items()}
+        return _Loaded(entries)
 
     async def _turn(self, flight: _Flight) -> None:
         """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
         before, flight.before = flight.before, ()
         if before:
-            await asyncio.wait([earlier.answers for earlier in before], timeout=self._load_deadline)
+            await asyncio.wait([earlier.loaded for earlier in before], timeout=self._load_deadline)
 
     async def _lease(self, flight: _Flight, foreign: set[UserId]) -> None:
         seize = flight.reason is LoadReason.REQUEST
@@ -368,9 +388,13 @@ class ReputationService:
         give_up = loop.time() + self._cache_wait
         while (left := give_up - loop.time()) > 0:
             await asyncio.sleep(min(left, self._random(*_POLL_SECONDS)))
+            asked = next(self._events)
             [found] = await self._cache.fetch(flight.users)
             if found.entry is not None:
-                return found.entry
+                if flight.newest < asked:
+                    return found.entry
+                # Somebody joined after this look at the cache began, perhaps after an invalidation: look again.
+                continue
             if found.lease is None:
                 await self._lease(flight, set())
                 if flight.leased:
@@ -406,14 +430,13 @@ class ReputationService:
             for user in flight.users
         }
 
-    async def _last_known_good(self, user_ids: Sequence[UserId]) -> Mapping[UserId, Answer]:
-        entries: list[Entry | None] = []
-        with suppress(CacheAwayError):
-            entries = await self._cache.fetch_last_good(user_ids)
-        found = [entry for entry in entries if entry is not None]
-        if len(found) < len(user_ids):
-            raise TemporarilyUnavailableError
-        return {user: self._answer(entry, Source.STALE) for user, entry in zip(user_ids, found, strict=True)}
+    async def _last_known_good(self, user_ids: Sequence[UserId]) -> _Loaded:
+        try:
+            copies = await self._cache.fetch_last_good(user_ids)
+        except CacheAwayError:
+            raise TemporarilyUnavailableError from None
+        pairs = zip(user_ids, copies, strict=True)
+        return _Loaded({user: copy for user, copy in pairs if copy is not None}, stale=True)
 
     async def _refresh(self, user_ids: tuple[UserId, ...]) -> None:
         """Load ahead of expiry those users whose lease is free; a failure leaves the entries as they are."""
@@ -437,7 +460,7 @@ class ReputationService:
 
     def _answer(self, entry: Entry, source: Source) -> Answer:
         life = timedelta(milliseconds=self._lives.unknown if entry.data is None else self._lives.value)
-        left = (entry.computed_at + life - self._clock()).total_seconds()
+        left = (life - (self._clock() - entry.computed_at)).total_seconds()
         if source is Source.STALE:
             # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
             return Answer(entry.data, source, min(-1, int(left)))
