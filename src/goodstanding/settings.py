@@ -1,6 +1,7 @@
 """Every setting, read from the environment once and validated before anything starts."""
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self, cast
 from urllib.parse import urlsplit
@@ -13,8 +14,15 @@ from goodstanding.policy import ReputationPolicy
 
 PREFIX: Final = "GOODSTANDING_"
 _TRANSACTION_POOLER_PORTS: Final = frozenset({6432, 6543})
-_REDIS_SCHEMES: Final = frozenset(
-    {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
+_HOST: Final = r"(?:\[[0-9a-fA-F:.]+\]|[^\[\],:/?#@]+)(?::[0-9]{1,5})?"
+_REDIS_URL: Final = re.compile(
+    rf"""
+        rediss?://(?:[^@/]*@)?(?:{_HOST})?(?:/[0-9]*)?(?:\?.*)?
+        | unix://.+
+        | rediss?\+sentinel://(?:[^@/]*@)?{_HOST}(?:,{_HOST})*/[^/?]+(?:/[0-9]*)?
+        | rediss?\+cluster://(?:[^@/]*@)?{_HOST}/?0?(?:\?.*)?
+    """,
+    re.VERBOSE | re.ASCII,
 )
 _Listed = Annotated[tuple[str, ...], NoDecode]
 
@@ -189,7 +197,7 @@ class Settings(BaseSettings):
     @classmethod
     def _database(cls, value: SecretStr) -> SecretStr:
         url = _split_url(value.get_secret_value())
-        if url is None or url.scheme not in {"", "postgres", "postgresql"}:
+        if value.get_secret_value() and (url is None or url.scheme not in {"postgres", "postgresql"}):
             message = "must start with postgresql://"
             raise ValueError(message)
         return value
@@ -198,8 +206,11 @@ class Settings(BaseSettings):
     @classmethod
     def _redis(cls, value: SecretStr) -> SecretStr:
         text = value.get_secret_value()
-        if text and text.partition("://")[0] not in _REDIS_SCHEMES:
-            message = f"must start with one of: {', '.join(f'{scheme}://' for scheme in sorted(_REDIS_SCHEMES))}"
+        if text and _REDIS_URL.fullmatch(text) is None:
+            message = (
+                "must be like redis://host:port/0, rediss://host:port/0, unix:///path, "
+                "redis+sentinel://host:port,host:port/service/0 or redis+cluster://host:port"
+            )
             raise ValueError(message)
         return value
 
