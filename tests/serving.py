@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import httpx2
 import jwt
@@ -139,15 +139,14 @@ def client_of(app: ASGIApp) -> Iterator[httpx2.Client]:
 
 
 @contextmanager
-def command(*words: str, environment: Mapping[str, str], **options: Any) -> Iterator["subprocess.Popen[str]"]:  # noqa: ANN401 - Popen's own
-    """Run a Python program (`-m`, name, arguments) with these variables alone; it is gone when the block ends."""
+def command(*words: str, environment: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    """Run a program of the environment with these variables; it is gone when the block ends."""
     process = subprocess.Popen(
-        [sys.executable, *words],
+        [str(Path(sys.executable).with_name(words[0])), *words[1:]],
         env=clean_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
     try:
         yield process
@@ -159,6 +158,25 @@ def command(*words: str, environment: Mapping[str, str], **options: Any) -> Iter
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+
+
+@contextmanager
+def client_of_command(*words: str, port: int, environment: Mapping[str, str]) -> Iterator[httpx2.Client]:
+    """Run a program that serves on a port; gives a client once it answers."""
+    with (
+        command(*words, environment=environment) as process,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_DEADLINE) as client,
+    ):
+        wait_until(lambda: process.poll() is not None or _alive(client))
+        assert process.poll() is None, process.communicate()[0]
+        yield client
+
+
+def _alive(client: httpx2.Client) -> bool:
+    try:
+        return client.get("/health/live").is_success
+    except httpx2.TransportError:
+        return False
 
 
 def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
