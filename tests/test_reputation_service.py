@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -12,10 +12,10 @@ import pytest_asyncio
 from goodstanding.cache import CacheAwayError, RedisCache, last_good_key, lease_key, value_key
 from goodstanding.data import AtFault, BadgeColor, SessionId, UserId
 from goodstanding.embedded import Postgres
-from goodstanding.entry import Fetched, Lives, encode
+from goodstanding.entry import Entry, Fetched, Lives, encode
 from goodstanding.errors import SessionNotFoundError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.policy import LEGACY, STANDARD
-from goodstanding.reputation_service import Answer, ReputationService, Source
+from goodstanding.reputation_service import Answer, LoadReason, ReputationService, Source, _Flight
 from tests.conftest import Database, fresh_database
 from tests.parts import (
     LIVES,
@@ -37,6 +37,7 @@ from tests.parts import (
     queries,
     redis_kit,
     stranger,
+    user,
 )
 
 _DEAD_DATABASE = "postgresql://nobody:nothing@127.0.0.1:1/none"
@@ -187,20 +188,49 @@ async def _never_joins_what_came_before(service: ReputationService, user_id: Use
 
 
 async def test_many_reads_with_use_cache_false_are_one_running_and_one_waiting(
-    service: ReputationService, database: Database
+    service: ReputationService, database: Database, kit: Kit
 ) -> None:
-    """However many ask for a count at once, PostgreSQL sees two."""
+    """However many ask for a count at once, in however many waves, PostgreSQL sees two."""
     truth = await Truth.of(database)
     before = queries()
     async with asyncio.TaskGroup() as group, loads_held(database) as waiting:
         first = group.create_task(service.read(truth.user_id, use_cache=False))
         await waiting(1)
         await truth.complete()
-        rest = [group.create_task(service.read(truth.user_id, use_cache=False)) for _ in range(50)]
+        rest = []
+        for _ in range(3):
+            rest += [group.create_task(service.read(truth.user_id, use_cache=False)) for _ in range(20)]
+            await _let_things_happen(kit)
         await waiting(1)
     assert (0, "request") == _seen(first.result())
-    assert [(1, "request")] * 50 == [_seen(task.result()) for task in rest]
+    assert [(1, "request")] * 60 == [_seen(task.result()) for task in rest]
     assert before + 2 == queries()
+
+
+async def _let_things_happen(kit: Kit) -> None:
+    """Let whatever could go on go on: many turns of the loop, many trips to the cache."""
+    for _ in range(20):
+        await kit.cache.fetch([user(1)])
+        await asyncio.sleep(0)
+
+
+async def test_use_cache_false_is_never_answered_by_another_processes_value(redis_url: str, database: Database) -> None:
+    """It does not share a load that may end with what was cached meanwhile."""
+    truth = await Truth.of(database, 1)
+    async with (
+        open_redis(redis_url) as cache,
+        open_redis(redis_url) as elsewhere,
+        open_service(cache, database.service_url) as service,
+        asyncio.TaskGroup() as group,
+    ):
+        await elsewhere.lease([truth.user_id], "other")
+        plain = group.create_task(service.read(truth.user_id))
+        await eventually(lambda: truth.user_id in service._flights)  # noqa: SLF001 - it waits for the other
+        asked = group.create_task(service.read(truth.user_id, use_cache=False))
+        await asyncio.sleep(0)
+        await elsewhere.fill({truth.user_id: entry(99)}, "other")
+    assert (99, "miss") == _seen(plain.result())
+    assert (1, "request") == _seen(asked.result())
 
 
 # Refresh-ahead.
@@ -338,17 +368,22 @@ async def test_two_hundred_reads_of_a_cold_user_are_one_query(service: Reputatio
     assert before + 1 == queries()
 
 
-async def test_late_readers_join_the_load_under_way(service: ReputationService, database: Database) -> None:
+async def test_late_readers_join_the_load_under_way(kit: Kit, database: Database) -> None:
     """A reader who comes while the query runs, and sees its lease, shares it."""
     truth = await Truth.of(database, 1)
     before = queries()
-    async with asyncio.TaskGroup() as group, loads_held(database) as waiting:
+    async with (
+        open_service(kit.cache, database.service_url, cache_wait=0.0) as service,
+        asyncio.TaskGroup() as group,
+        loads_held(database) as waiting,
+    ):
         tasks = [group.create_task(service.read(truth.user_id))]
         await waiting(1)
         for _ in range(20):
             tasks.append(group.create_task(service.read(truth.user_id)))
             await asyncio.sleep(0)
         tasks.append(group.create_task(_one_of(service, truth.user_id)))
+        await eventually(lambda: service._flights[truth.user_id].newest >= 21)  # noqa: SLF001 - all joined
         await waiting(1)
     assert {(1, "miss")} == {_seen(task.result()) for task in tasks}
     assert before + 1 == queries()
@@ -471,19 +506,27 @@ async def test_without_redis_one_load_runs_and_one_waits(database: Database) -> 
 
 
 class _HeldCache(RedisCache):
-    """A Redis cache whose answers to reads can be held back after Redis gave them."""
+    """A Redis cache whose answers that hold an entry can be held back after Redis gave them."""
 
     held: asyncio.Event | None = None
     holding = 0
 
     async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Hold the answer of those who ask while `held` is set up."""
-        gate = self.held
+        """Read as ever, and wait while `held` is set up."""
         found = await super().fetch(user_ids)
-        if gate is not None:
-            self.holding += 1
-            await gate.wait()
+        await self._hold(read.entry for read in found)
         return found
+
+    async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
+        """Read as ever, and wait while `held` is set up."""
+        found = await super().fetch_last_good(user_ids)
+        await self._hold(found)
+        return found
+
+    async def _hold(self, found: Iterable[Entry | None]) -> None:
+        if self.held is not None and any(found):
+            self.holding += 1
+            await self.held.wait()
 
 
 @asynccontextmanager
@@ -506,7 +549,7 @@ async def test_a_wait_for_another_process_never_ends_with_what_an_invalidation_d
             async with open_service(elsewhere, database.service_url) as filler:
                 await filler.read(truth.user_id, use_cache=False)
             await eventually(lambda: cache.holding > 0)
-            # Its look at the cache has the value by now, and the answer is still on its way.
+            # The value was read, and is still on its way.
             cache.held = None
             await truth.complete()
             await elsewhere.invalidate([truth.user_id])
@@ -515,6 +558,32 @@ async def test_a_wait_for_another_process_never_ends_with_what_an_invalidation_d
             gate.set()
         assert (1, "miss") == _seen(late.result())
         assert _seen(early.result())[0] in {0, 1}
+
+
+async def test_a_last_known_good_copy_never_comes_back_after_an_invalidation(
+    redis_url: str, database: Database
+) -> None:
+    """A reader who comes after it does not share a copy that was read before it."""
+    truth = await Truth.of(database, 1)
+    async with _open_held(redis_url) as cache, open_redis(redis_url) as elsewhere:
+        async with open_service(elsewhere, database.service_url) as service:
+            await service.read(truth.user_id)
+        async with open_service(cache, _DEAD_DATABASE) as service, asyncio.TaskGroup() as group:
+            await eventually(lambda: _is_away(service))
+            gate = cache.held = asyncio.Event()
+            early = group.create_task(service.read(truth.user_id, use_cache=False))
+            await eventually(lambda: cache.holding > 0)
+            cache.held = None
+            await elsewhere.invalidate([truth.user_id])
+            late = group.create_task(_outcome(service, truth.user_id))
+            await eventually(lambda: late.done() or service._flights[truth.user_id].newest > 0)  # noqa: SLF001 - it joined
+            gate.set()
+        assert (1, "stale") == _seen(early.result())
+        assert isinstance(late.result(), TemporarilyUnavailableError)
+
+
+async def _is_away(service: ReputationService) -> bool:
+    return ("database",) == await service.check()
 
 
 async def test_a_wait_ends_with_the_other_processes_value(redis_url: str, database: Database) -> None:
@@ -558,6 +627,25 @@ async def test_a_wait_for_a_holder_that_died_is_bounded(redis_url: str, database
         async with open_service(cache, database.service_url, cache_wait=0.1) as service:
             assert (2, "miss") == _seen(await service.read(truth.user_id))
         assert [Fetched(None, "dead")] == await elsewhere.fetch([truth.user_id])
+
+
+@pytest.mark.parametrize(
+    ("started", "begin", "lease", "expected"),
+    [
+        (None, 5, None, True),
+        (6, 5, None, True),
+        (6, 5, "another", True),
+        (4, 5, None, False),
+        (4, 5, "another", False),
+        (4, 5, "ours", True),
+    ],
+)
+async def test_who_may_share_a_load(*, started: int | None, begin: int, lease: str | None, expected: bool) -> None:
+    """Reads that began before its query did, or that saw its lease: for them nothing can be missing from it."""
+    loaded = asyncio.get_running_loop().create_future()
+    flight = _Flight((user(1), user(2)), LoadReason.MISS, "ours", loaded, leased={user(1)}, started=started)
+    assert expected == flight.serves(user(1), begin=begin, lease=lease)
+    assert (expected and lease != "ours") == flight.serves(user(2), begin=begin, lease=lease)
 
 
 # Several at once.
