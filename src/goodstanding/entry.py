@@ -1,14 +1,23 @@
 """What the cache holds about one user, and its one text form: JSON that begins with the contract's five members."""
 
-import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
-from goodstanding.data import BadgeColor, ReputationData, SessionCounts, UserId
+from goodstanding.data import BadgeColor, ReputationData, UserId
 
 _MEMBERS: Final = ("score", "badge_color", "completed_sessions", "no_shows")
+_COUNT: Final = rb"(0|[1-9][0-9]{0,17})"
+_WRITTEN: Final = re.compile(
+    rb'\{(?:"score":(0|-?[1-9][0-9]{0,17}),"badge_color":"(gold|green|red)",'
+    rb'"completed_sessions":' + _COUNT + rb',"no_shows":' + _COUNT + rb","
+    rb'|"score":null,"badge_color":null,"completed_sessions":null,"no_shows":null,)'
+    rb'"cache_timestamp":"([0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}\.[0-9]{6}Z)",'
+    rb'"user_id":"([0-9a-f-]{36})","policy":"([0-9a-f]{12})"\}'
+)
+"""What `encode` writes, and nothing else: no other order, spelling, type or member. Much faster than reading JSON."""
 
 
 class Rejection(StrEnum):
@@ -47,7 +56,7 @@ class Lives:
 
 def timestamp(moment: datetime) -> str:
     """Write an aware UTC moment as the contract does: ISO 8601 with six decimals and a Z."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if moment.year >= 1000 else moment.isoformat()  # noqa: PLR2004 - %Y pads from there
+    return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def body(data: ReputationData) -> bytes:
@@ -71,39 +80,25 @@ def encode(entry: Entry, *, user_id: UserId, policy: str) -> bytes:
 
 def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
     """Read an entry, strictly: anything that `encode` would not have written for this user and policy is rejected."""
-    try:
-        value = json.loads(text)
-        if value["policy"] != policy:
-            return Rejection.OTHER_POLICY
-        if value["user_id"] != user_id:
-            return Rejection.OTHER_USER
-        computed_at = datetime.fromisoformat(value["cache_timestamp"])
-        if computed_at.utcoffset() is None:
-            return Rejection.CORRUPT
-        if value["score"] is None:
-            entry = Entry(None, computed_at)
-        else:
-            counts = SessionCounts(_whole(value["completed_sessions"]), _whole(value["no_shows"]))
-            entry = Entry(
-                ReputationData(
-                    score=_whole(value["score"]),
-                    badge_color=BadgeColor(value["badge_color"]),
-                    completed_sessions=counts.completed,
-                    no_shows=counts.no_shows,
-                    cache_timestamp=computed_at,
-                ),
-                computed_at,
-            )
-        # Comparing with what would have been written leaves no more to check by hand: order, spelling, extra members.
-        if encode(entry, user_id=user_id, policy=policy) != text:
-            return Rejection.CORRUPT
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+    written = _WRITTEN.fullmatch(text)
+    if written is None:
         return Rejection.CORRUPT
-    return entry
-
-
-def _whole(number: object) -> int:
-    """Give a whole number back; raises TypeError for anything else, such as 7.0, [] or true."""
-    if type(number) is not int:
-        raise TypeError
-    return number
+    score, badge, completed, no_shows, moment, whose, under = written.groups()
+    if under.decode() != policy:
+        return Rejection.OTHER_POLICY
+    if whose.decode() != user_id:
+        return Rejection.OTHER_USER
+    try:
+        computed_at = datetime.fromisoformat(moment.decode())
+    except ValueError:
+        return Rejection.CORRUPT
+    if score is None:
+        return Entry(None, computed_at)
+    data = ReputationData(
+        score=int(score),
+        badge_color=BadgeColor(badge.decode()),
+        completed_sessions=int(completed),
+        no_shows=int(no_shows),
+        cache_timestamp=computed_at,
+    )
+    return Entry(data, computed_at)

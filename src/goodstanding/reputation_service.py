@@ -29,6 +29,8 @@ _REFRESH_JITTER: Final = 0.1
 _POLL_SECONDS: Final = (0.002, 0.02)
 _PROBE_SECONDS: Final = 0.5
 _CHECK_SECONDS: Final = 1.0
+_HITS: Final = CACHE_READS.labels("hit")
+_MISSES: Final = CACHE_READS.labels("miss")
 MOST_USERS: Final = 100
 """Most users that one call may ask for."""
 
@@ -269,9 +271,9 @@ class ReputationService:
             self._refreshing.update(due)
             self._spawn(self._refresh(tuple(due)))
         if answers:
-            CACHE_READS.labels("hit").inc(len(answers))
+            _HITS.inc(len(answers))
         if len(answers) < len(leases):
-            CACHE_READS.labels("miss").inc(len(leases) - len(answers))
+            _MISSES.inc(len(leases) - len(answers))
         return answers
 
     async def _load(
