@@ -118,8 +118,8 @@ class ContractRoute(APIRoute):
     """A route whose every outcome has the contract's form: errors, request id, metrics; in any host app."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the framework's handler."""
-        handle = super().get_route_handler()
+        """Wrap what answers."""
+        handle = self._answering()
         route = self.path
         # Looking a metric up by its labels costs more than observing it. Methods, statuses and sources are few.
         metrics: dict[tuple[str, int, str], Histogram] = {}
@@ -151,6 +151,20 @@ class ContractRoute(APIRoute):
             return response
 
         return handler
+
+    def _answering(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Give the framework's handler, which also works through whatever a host makes its routes depend on."""
+        return super().get_route_handler()
+
+
+class OwnRoute(ContractRoute):
+    """A route of an application of our own, which depends on nothing: the endpoint itself answers.
+
+    The endpoints of this module take the request and give the response, so there is nothing for FastAPI to work out.
+    """
+
+    def _answering(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 class _Endpoints:
@@ -244,9 +258,14 @@ class _Endpoints:
         return Response(render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def build_router(runtime: Callable[[], Runtime], lifespan: Lifespan[Any] | None = None) -> APIRouter:
+def build_router(
+    runtime: Callable[[], Runtime],
+    lifespan: Lifespan[Any] | None = None,
+    *,
+    route_class: type[ContractRoute] = ContractRoute,
+) -> APIRouter:
     """Build the routes of the contract."""
-    router = APIRouter(route_class=ContractRoute, lifespan=lifespan)
+    router = APIRouter(route_class=route_class, lifespan=lifespan)
     endpoints = _Endpoints(runtime)
     user = {"user_id": "The user's UUID; either case."}
 

@@ -15,7 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from goodstanding import logs
-from goodstanding.api import Runtime, build_router, problem, problem_of_http
+from goodstanding.api import ContractRoute, OwnRoute, Runtime, build_router, problem, problem_of_http
 from goodstanding.auth import Authenticator, KeySet
 from goodstanding.cache import Cache, RedisCache
 from goodstanding.entry import Lives
@@ -115,7 +115,10 @@ def router(settings: Settings | None = None) -> APIRouter:
 
     `app.include_router(goodstanding.router())` is all it takes. Raises ConfigurationError.
     """
-    settings = load_settings() if settings is None else settings
+    return _router(load_settings() if settings is None else settings, ContractRoute)
+
+
+def _router(settings: Settings, route_class: type[ContractRoute]) -> APIRouter:
     settings.require_database()
     settings.require_tokens()
     key_set = KeySet.from_settings(settings)
@@ -137,18 +140,22 @@ def router(settings: Settings | None = None) -> APIRouter:
             raise RuntimeError(message)
         return running[-1]
 
-    return build_router(runtime, lifespan)
+    return build_router(runtime, lifespan, route_class=route_class)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application that serves Goodstanding alone; raises ConfigurationError."""
     settings = load_settings() if settings is None else settings
+    own = _router(settings, OwnRoute)
     app = FastAPI(
         title="Goodstanding",
         summary="Does the other one turn up?",
         version=version("goodstanding"),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         redirect_slashes=False,
+        # Not included as a host would: FastAPI looks for the route of an included router twice, at every request.
+        routes=own.routes,
+        lifespan=own.lifespan_context,
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -170,7 +177,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def on_validation_error(_request: Request, _error: RequestValidationError) -> Response:
         return problem(InvalidInputError())
 
-    app.include_router(router(settings))
     return app
 
 
