@@ -38,8 +38,8 @@ _DEADLINE: Final = 30.0
 _POLL: Final = 0.01
 _SESSIONS: Final = """
 insert into public.wingman_sessions
-    (match_id, status, user1_completed_confirmed_by_user2, user2_completed_confirmed_by_user1)
-select $1, $2::text, $2::text = 'completed', true from generate_series(1, $3)
+    (match_id, status, user1_completed_confirmed_by_user2, user2_completed_confirmed_by_user1, scheduled_time)
+select $1, $2::text, $2::text = 'completed', true, now() from generate_series(1, $3)
 """
 T = TypeVar("T")
 

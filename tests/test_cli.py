@@ -1,0 +1,432 @@
+"""The command line: what each command prints, and with which status it ends."""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+import redis
+import structlog
+import typer
+import uvicorn
+from typer.testing import CliRunner, Result
+
+import goodstanding
+from goodstanding import cli, demo
+from goodstanding.cli import app
+from goodstanding.embedded import Postgres, Valkey
+from tests.conftest import connect
+from tests.serving import (
+    GONE,
+    SECRET,
+    Backend,
+    clean_environment,
+    command,
+    environment_of,
+    free_port,
+    open_backend,
+)
+
+_COMMANDS: Final = {name.name or name.callback.__name__: name for name in app.registered_commands if name.callback}
+_NOWHERE: Final = "postgresql://app@127.0.0.1:1/app"
+
+
+@pytest.fixture(scope="module")
+def backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[Backend]:
+    """Give this module's database and Valkey."""
+    with open_backend(postgres, valkey, template) as opened:
+        yield opened
+
+
+@pytest.fixture
+def bare(postgres: Postgres, valkey: Valkey, bare_template: str) -> Iterator[Backend]:
+    """Give a database with the host's tables alone."""
+    with open_backend(postgres, valkey, bare_template) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before() -> Iterator[None]:
+    """Commands set up their process: its log and its signals; here that is the test run's."""
+    log = logging.getLogger()
+    handlers, level = log.handlers[:], log.level
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, on_sigterm)
+    log.handlers[:] = handlers
+    log.setLevel(level)
+    structlog.reset_defaults()
+
+
+def _run(*words: str, environment: dict[str, str] | None = None) -> Result:
+    variables: dict[str, str | None] = {**clean_environment(environment or {})}
+    return CliRunner().invoke(app, words, env=variables)
+
+
+def _on(backend: Backend, *words: str, **variables: str) -> Result:
+    return _run(*words, environment=environment_of(backend.settings()) | variables)
+
+
+def _one_line(result: Result, status: int) -> str:
+    assert status == result.exit_code, result.output
+    assert 1 == result.stderr.count("\n")
+    assert result.stderr.startswith("goodstanding: ")
+    return result.stderr.strip()
+
+
+class TestHelp:
+    """--help teaches."""
+
+    def test_nothing_given_shows_the_commands(self) -> None:
+        """Without a command the help is shown; every command is in it, and where settings come from."""
+        result = _run()
+        for name in _COMMANDS:
+            assert name in result.output
+        assert "GOODSTANDING_DATABASE_URL" in result.output
+
+    @pytest.mark.parametrize("name", _COMMANDS)
+    def test_every_command_explains_its_options(self, name: str) -> None:
+        """The help of a command says what it does and explains every option and argument."""
+        result = _run(name, "--help")
+        assert 0 == result.exit_code
+        described: Any = typer.main.get_command(app)
+        for parameter in described.commands[name].params:
+            assert parameter.help, parameter.name
+            assert any(word in result.output for word in (*parameter.opts, str(parameter.name).upper()))
+        assert described.commands[name].help
+
+    def test_version(self) -> None:
+        """--version prints the version alone."""
+        result = _run("--version")
+        assert (0, f"goodstanding {goodstanding.__version__}\n") == (result.exit_code, result.stdout)
+
+    def test_an_unknown_command_is_a_usage_error(self) -> None:
+        """A command that does not exist ends with 2."""
+        assert 2 == _run("shw").exit_code
+
+
+class TestShow:
+    """goodstanding show."""
+
+    def test_a_table(self, backend: Backend) -> None:
+        """A table shows badge, score, counts, when it was computed and where it came from."""
+        user = backend.user(completed=12, no_shows=1)
+        result = _on(backend, "show", user)
+        assert 0 == result.exit_code
+        rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in result.stdout.splitlines())
+        assert "● gold" == rows["badge"]
+        assert ("11", "12", "1") == (rows["score"], rows["completed sessions"], rows["no-shows"])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", rows["computed"])
+        assert "miss" == rows["source"]
+        assert "hit" in _on(backend, "show", user.upper()).stdout
+        assert "request" in _on(backend, "show", user, "--no-cache").stdout
+
+    def test_json(self, backend: Backend) -> None:
+        """--json prints exactly the five members, and nothing else, also when every log line is written."""
+        result = _on(backend, "show", backend.user(no_shows=1), "--json", GOODSTANDING_LOG_LEVEL="debug")
+        told = json.loads(result.stdout)
+        assert ["score", "badge_color", "completed_sessions", "no_shows", "cache_timestamp"] == list(told)
+        assert (-1, "red") == (told["score"], told["badge_color"])
+
+    def test_unknown_and_malformed_ids(self, backend: Backend) -> None:
+        """An unknown user and a malformed id are one line and status 1."""
+        assert "goodstanding: No user has this id." == _one_line(_on(backend, "show", GONE), 1)
+        told = _one_line(_on(backend, "show", "[bold]evil"), 1)
+        assert "UUID" in told
+        assert "evil" not in told
+
+    def test_without_servers(self) -> None:
+        """Without its servers it is one line and status 1."""
+        environment = {"GOODSTANDING_DATABASE_URL": _NOWHERE, "GOODSTANDING_LOG_LEVEL": "error"}
+        assert "cannot answer" in _one_line(_run("show", GONE, environment=environment), 1)
+
+    def test_ctrl_c(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ctrl-C ends a command with 130, without a traceback."""
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "open_service", interrupted)
+        result = _on(backend, "show", GONE)
+        assert (130, "") == (result.exit_code, result.output)
+
+
+class TestMigrate:
+    """goodstanding migrate."""
+
+    def test_dry_run_needs_no_database(self) -> None:
+        """--dry-run prints SQL without a database, for both directions and with the optional indexes."""
+        up, down, more = (
+            _run("migrate", "--dry-run", *options) for options in ((), ("--down",), ("--covering-indexes",))
+        )
+        assert (0, 0, 0) == (up.exit_code, down.exit_code, more.exit_code)
+        assert "create schema reputation" in up.stdout
+        assert "drop schema" in down.stdout
+        assert "concurrently" in more.stdout
+        assert "concurrently" not in up.stdout
+
+    def test_dry_run_changes_nothing_up_twice_and_down(self, bare: Backend) -> None:
+        """A dry run leaves no trace, migrating twice is migrating once, and --down leaves no trace either."""
+        owner = {"GOODSTANDING_DATABASE_URL": bare.database.owner_url}
+        assert 0 == _run("migrate", "--dry-run", environment=owner).exit_code
+        assert [] == _schemas(bare)
+        for _ in range(2):
+            result = _run("migrate", environment=owner)
+            assert 0 == result.exit_code, result.output
+            assert result.stdout
+            assert ["reputation"] == _schemas(bare)
+        assert 0 == _run("migrate", "--down", environment=owner).exit_code
+        assert [] == _schemas(bare)
+
+    def test_the_url_can_be_given(self, bare: Backend) -> None:
+        """--database-url wins over the environment, since migrating takes another login than serving."""
+        environment = {"GOODSTANDING_DATABASE_URL": _NOWHERE}
+        words = ("migrate", "--database-url", bare.database.owner_url)
+        assert 0 == _run(*words, environment=environment).exit_code
+        assert ["reputation"] == _schemas(bare)
+
+    def test_what_goes_wrong_is_one_line(self, bare: Backend) -> None:
+        """Without a URL, without a server and without rights it is one line."""
+        assert "GOODSTANDING_DATABASE_URL" in _one_line(_run("migrate"), 2)
+        for url in (_NOWHERE, bare.database.service_url):
+            result = _run("migrate", "--database-url", url)
+            assert 0 != result.exit_code
+            _one_line(result, result.exit_code)
+
+
+def _schemas(backend: Backend) -> list[str]:
+    async def ask() -> list[str]:
+        async with connect(backend.database.superuser_url) as connection:
+            rows = await connection.fetch("select nspname from pg_namespace where nspname = 'reputation'")
+        return [row["nspname"] for row in rows]
+
+    return backend.call(ask)
+
+
+class TestInvalidate:
+    """goodstanding invalidate."""
+
+    def test_one_user(self, backend: Backend, valkey: Valkey) -> None:
+        """One user's cached reputation goes, in either case, and no other."""
+        user, other = backend.user(), backend.user()
+        for one in (user, other):
+            assert 0 == _on(backend, "show", one).exit_code
+        result = _on(backend, "invalidate", user.upper())
+        assert (0, "The cached reputation is gone.\n") == (result.exit_code, result.stdout)
+        with redis.Redis.from_url(valkey.url()) as store:
+            assert (0, 1) == (store.exists(f"reputation:user:{user}"), store.exists(f"reputation:user:{other}"))
+
+    def test_everybody(self, backend: Backend, valkey: Valkey) -> None:
+        """--all drops every cached reputation and says how many."""
+        for _ in range(2):
+            assert 0 == _on(backend, "show", backend.user()).exit_code
+        result = _on(backend, "invalidate", "--all")
+        assert 0 == result.exit_code
+        assert re.fullmatch(r"\d+ cached reputations are gone\.\n", result.stdout)
+        assert int(result.stdout.split()[0]) >= 2
+        with redis.Redis.from_url(valkey.url()) as store:
+            assert [] == list(store.scan_iter("*reputation:user:*"))
+
+    def test_either_a_user_or_all(self, backend: Backend) -> None:
+        """Neither and both are usage errors, a malformed id is refused before anything is opened."""
+        assert 2 == _on(backend, "invalidate").exit_code
+        assert 2 == _on(backend, "invalidate", GONE, "--all").exit_code
+        assert "UUID" in _one_line(_run("invalidate", "x"), 1)
+
+    def test_without_redis(self, backend: Backend) -> None:
+        """Without a Redis URL there is nothing that this process could drop; with Redis away it fails."""
+        told = _one_line(_on(backend, "invalidate", GONE, GOODSTANDING_REDIS_URL=""), 2)
+        assert "GOODSTANDING_REDIS_URL" in told
+        away = {"GOODSTANDING_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "GOODSTANDING_LOG_LEVEL": "error"}
+        assert "cannot answer" in _one_line(_on(backend, "invalidate", GONE, **away), 1)
+        assert "cannot answer" in _one_line(_on(backend, "invalidate", "--all", **away), 1)
+
+
+class TestWarm:
+    """goodstanding warm."""
+
+    def test_it_fills_the_cache(self, backend: Backend, valkey: Valkey) -> None:
+        """The most active users are in the cache afterwards, at no more than the given rate."""
+        users = [backend.user(completed=number + 1) for number in range(3)]
+        _on(backend, "invalidate", "--all")
+        result = _on(backend, "warm", "--users", "1000", "--rate", "100000")
+        assert 0 == result.exit_code, result.output
+        assert re.search(r"^\d+ users are in the cache\.$", result.stdout, re.MULTILINE)
+        with redis.Redis.from_url(valkey.url()) as store:
+            assert 3 == store.exists(*(f"reputation:user:{user}" for user in users))
+
+    def test_the_rate_is_kept(self, backend: Backend) -> None:
+        """Two users at two a second take a second."""
+        backend.user(completed=1)
+        began = time.monotonic()
+        assert 0 == _on(backend, "warm", "--users", "2", "--rate", "2").exit_code
+        assert time.monotonic() - began >= 1.0
+
+    def test_without_redis(self, backend: Backend) -> None:
+        """Without a shared cache there is nothing to warm: a wrong setting, or a failure while Redis is away."""
+        assert "GOODSTANDING_REDIS_URL" in _one_line(_on(backend, "warm", GOODSTANDING_REDIS_URL=""), 2)
+        backend.user(completed=1)
+        away = {"GOODSTANDING_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "GOODSTANDING_LOG_LEVEL": "error"}
+        assert "Redis is away" in _one_line(_on(backend, "warm", **away), 1)
+
+
+class TestDoctor:
+    """goodstanding doctor."""
+
+    def test_all_is_well(self, backend: Backend) -> None:
+        """With everything in place it ends with 0; each finding is one line."""
+        result = _on(backend, "doctor")
+        assert 0 == result.exit_code, result.output
+        lines = result.stdout.splitlines()
+        assert len(lines) >= 8
+        for line in lines:
+            assert re.match(r"(ok|warning) +\w[\w ]*: ", line)
+        assert SECRET not in result.output
+
+    def test_something_does_not_work(self, bare: Backend) -> None:
+        """With the schema missing, or no server at all, it ends with 1 and says so, without a traceback."""
+        result = _on(bare, "doctor")
+        assert 1 == result.exit_code
+        assert re.search(r"^failure +schema: not installed", result.stdout, re.MULTILINE)
+        nothing = _run("doctor", "--database-url", _NOWHERE)
+        assert 1 == nothing.exit_code
+        assert "Traceback" not in nothing.output
+
+
+_FINE: Final = {"GOODSTANDING_DATABASE_URL": _NOWHERE, "GOODSTANDING_JWT_SECRET": SECRET}
+_WRONG: Final = [
+    ("GOODSTANDING_DATABASE_URL", ""),
+    ("GOODSTANDING_DATABASE_URL", "mysql://localhost/app"),
+    ("GOODSTANDING_DATABASE_URL", "localhost/app"),
+    ("GOODSTANDING_DATABASE_URL", "postgresql://localhost:port/app"),
+    ("DATABASE_URL", "mysql://localhost/app"),
+    ("GOODSTANDING_REDIS_URL", "http://localhost"),
+    ("GOODSTANDING_REDIS_URL", "localhost:6379"),
+    ("GOODSTANDING_REDIS_URL", "redis://localhost:port/0"),
+    ("GOODSTANDING_REDIS_URL", "redis://localhost/first"),
+    ("GOODSTANDING_REDIS_URL", "redis+sentinel://one:26379,two:26379"),
+    ("GOODSTANDING_REDIS_URL", "redis+cluster://"),
+    ("GOODSTANDING_REDIS_DEADLINE_MS", "0"),
+    ("GOODSTANDING_CACHE_TTL_SECONDS", "301"),
+    ("GOODSTANDING_UNKNOWN_TTL_SECONDS", "31"),
+    ("GOODSTANDING_STALE_TTL_SECONDS", "3601"),
+    ("GOODSTANDING_LOAD_DEADLINE_MS", "1s"),
+    ("GOODSTANDING_DATABASE_POOL_SIZE", "-1"),
+    ("GOODSTANDING_JWT_SECRET", ""),
+    ("GOODSTANDING_JWT_SECRET", "short"),
+    ("GOODSTANDING_JWT_SECRET", "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQ\n-----END PUBLIC KEY-----"),
+    ("GOODSTANDING_JWKS_URL", "ftp://keys.example"),
+    ("GOODSTANDING_JWKS_URL", "keys"),
+    ("GOODSTANDING_ENVIRONMENT", "staging"),
+    ("GOODSTANDING_DEV_AUTH", "true"),
+    ("GOODSTANDING_PUBLIC_READS", "perhaps"),
+    ("GOODSTANDING_POLICY", "strict"),
+    ("GOODSTANDING_COMPLETED_RULE", "none"),
+    ("GOODSTANDING_MIN_SCORE", "low"),
+    ("GOODSTANDING_MIN_SCORE", "21"),
+    ("GOODSTANDING_GREEN_AT", "11"),
+    ("GOODSTANDING_READ_LIMIT_PER_MINUTE", "0"),
+    ("GOODSTANDING_ADMIN_LIMIT_PER_MINUTE", "1e9"),
+    ("GOODSTANDING_TRUSTED_PROXIES", "proxy"),
+    ("GOODSTANDING_CORS_ORIGINS", "app.example"),
+    ("GOODSTANDING_LOG_LEVEL", "loud"),
+    ("GOODSTANDING_LOG_FORMAT", "xml"),
+]
+
+
+class TestServe:
+    """goodstanding serve."""
+
+    @pytest.mark.parametrize(("name", "value"), _WRONG)
+    def test_a_wrong_setting_is_one_line_that_names_it(self, name: str, value: str) -> None:
+        """A wrong setting stops the start with status 2 and one line with the variable's name, never a secret value."""
+        environment = {**_FINE, name: value}
+        if name == "DATABASE_URL":
+            del environment["GOODSTANDING_DATABASE_URL"]
+        told = _one_line(_run("serve", environment=environment), 2)
+        assert name.removeprefix("GOODSTANDING_") in told
+        assert "GOODSTANDING_" in told
+        if name in {"GOODSTANDING_JWT_SECRET", "GOODSTANDING_DATABASE_URL"} and value:
+            assert value not in told
+
+    def test_several_workers_need_redis(self) -> None:
+        """Several processes without a shared cache would not agree after an invalidation."""
+        assert "GOODSTANDING_REDIS_URL" in _one_line(_run("serve", "--workers", "2", environment=_FINE), 2)
+
+    @pytest.mark.parametrize("options", [("--port", "70000"), ("--workers", "0"), ("--port", "x")])
+    def test_wrong_options_are_usage_errors(self, options: tuple[str, str]) -> None:
+        """A wrong option ends with 2."""
+        assert 2 == _run("serve", *options, environment=_FINE).exit_code
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_how_uvicorn_is_run(self, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It listens on loopback, believes no forwarded header, and shares metrics where there are several workers."""
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "unset below")
+        monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
+        seen: dict[str, Any] = {}
+
+        def run(target: str, **options: object) -> None:
+            seen.update(options, target=target, metrics=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+
+        monkeypatch.setattr(uvicorn, "run", run)
+        environment = {**_FINE, "GOODSTANDING_REDIS_URL": "redis://127.0.0.1:1", "PORT": "8123"}
+        assert 0 == _run("serve", "--workers", str(workers), environment=environment).exit_code
+        assert "goodstanding.main:create_served_app" == seen["target"]
+        assert ("127.0.0.1", 8123, workers) == (seen["host"], seen["port"], seen["workers"])
+        assert seen["proxy_headers"] is False
+        assert (workers > 1) is (seen["metrics"] is not None)
+
+
+class TestDemo:
+    """goodstanding demo."""
+
+    def test_it_runs_with_its_options(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Port and folder reach the demo."""
+        seen: dict[str, object] = {}
+        monkeypatch.setattr(demo, "run", lambda **options: seen.update(options))
+        assert 0 == _run("demo", "--port", "8001", "--data-dir", "there").exit_code
+        assert (8001, "there") == (seen["port"], str(seen["data_dir"]))
+
+    def test_without_its_extra_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the extra `demo` it is one line that says how to get it."""
+        for name in ("demo", "embedded"):
+            monkeypatch.delitem(sys.modules, f"goodstanding.{name}", raising=False)
+            monkeypatch.delattr(goodstanding, name, raising=False)
+        monkeypatch.setitem(sys.modules, "platformdirs", None)
+        assert "goodstanding[demo]" in _one_line(_run("demo"), 2)
+
+
+@pytest.mark.slow
+class TestProcess:
+    """The commands as processes."""
+
+    def test_a_wrong_setting(self) -> None:
+        """The process ends with 2 and one line on standard error, nothing else."""
+        with command("goodstanding", "serve", environment={**_FINE, "GOODSTANDING_DEV_AUTH": "true"}) as process:
+            told, _ = process.communicate(timeout=30)
+        assert (2, 1) == (process.returncode, told.count("\n"))
+        assert told.startswith("goodstanding: GOODSTANDING_DEV_AUTH: ")
+
+    def test_the_port_is_taken(self, backend: Backend) -> None:
+        """A port that somebody else has ends `serve` with a status that is not 0, without a traceback."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            words = ("goodstanding", "serve", "--port", str(taken.getsockname()[1]))
+            with command(*words, environment=environment_of(backend.settings())) as process:
+                told, _ = process.communicate(timeout=30)
+        assert 0 != process.returncode
+        assert "address already in use" in told
+        assert "Traceback" not in told
+
+    def test_show(self, backend: Backend) -> None:
+        """The process prints JSON on standard output and ends with 0."""
+        user = backend.user(completed=1)
+        with command("goodstanding", "show", user, "--json", environment=environment_of(backend.settings())) as process:
+            told, _ = process.communicate(timeout=30)
+        assert (0, 1) == (process.returncode, json.loads(told)["score"])
