@@ -87,7 +87,7 @@ async def test_a_good_probe_closes_an_open_circuit(breaker: Breaker) -> None:
 
 
 async def test_a_closed_circuit_is_probed_only_on_request(breaker: Breaker) -> None:
-    """With `while_closed`, a bad probe opens what no request would have noticed; without, nobody probes."""
+    """With `while_closed`, three bad probes in a row open what no request noticed; without, nobody probes."""
     probes = 0
 
     async def probe() -> None:
@@ -97,7 +97,7 @@ async def test_a_closed_circuit_is_probed_only_on_request(breaker: Breaker) -> N
 
     async with _watched(breaker, probe, while_closed=True):
         await eventually(lambda: not breaker.closed)
-    assert probes >= 1
+    assert FAILURES_TO_OPEN == probes
     breaker.close()
     probes, turns = 0, 0
 
@@ -129,7 +129,7 @@ async def test_a_bad_probe_leaves_an_open_circuit_open(breaker: Breaker) -> None
 
 async def test_the_watch_outlives_an_error_that_nobody_foresaw(breaker: Breaker) -> None:
     """A client library that raises what it should not counts as a bad probe, and ends nothing."""
-    answers: list[Exception | None] = [RuntimeError("the transport is closed"), None]
+    answers: list[Exception | None] = [RuntimeError("the transport is closed")] * FAILURES_TO_OPEN
 
     async def probe() -> None:
         error = answers.pop(0) if answers else None

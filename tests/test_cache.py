@@ -422,7 +422,7 @@ async def test_a_wait_for_a_lane_ends_when_the_circuit_opens(redis_url: str) -> 
     """Calls that have not been sent yet do not find out for themselves that Redis hangs."""
     proxy = Proxy(redis_url)
     loop = asyncio.get_running_loop()
-    async with proxy.serve(), open_redis(proxy.url, deadline=1.0) as cache, asyncio.TaskGroup() as group:
+    async with proxy.serve(), open_redis(proxy.url, deadline=2.0) as cache, asyncio.TaskGroup() as group:
         proxy.delay = lambda: 3600.0
         calls, sent = [], len(proxy.turns)
         began = loop.time()
@@ -431,7 +431,7 @@ async def test_a_wait_for_a_lane_ends_when_the_circuit_opens(redis_url: str) -> 
             await eventually(lambda: len(proxy.turns) >= sent + min(2, len(calls)))
         cache._breaker.open()  # noqa: SLF001 - as a refusal or a probe would do at that moment
         assert all([isinstance(await call, CacheAwayError) for call in calls])
-        assert loop.time() - began < 1.8
+        assert loop.time() - began < 3.5
         assert not cache.available
 
 

@@ -1,10 +1,11 @@
 """Tasks beside a block: they never outlive it, and never fail unseen."""
 
 import asyncio
+import contextlib
 
 import pytest
 
-from goodstanding.tasks import background
+from goodstanding.tasks import background, check_cancelled
 from tests.parts import SECONDS
 
 
@@ -91,3 +92,20 @@ async def test_a_finished_task_leaves_nothing_behind() -> None:
         for _ in range(100):
             await spawn(work())
     assert 100 == done
+
+
+async def test_a_swallowed_cancellation_is_noticed() -> None:
+    """A task whose library swallowed its cancellation ends at its next check all the same."""
+
+    async def swallows() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        check_cancelled()
+        pytest.fail("the cancellation went unnoticed")
+
+    check_cancelled()
+    task = asyncio.get_running_loop().create_task(swallows())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

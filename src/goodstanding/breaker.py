@@ -8,6 +8,7 @@ import structlog
 
 from goodstanding.errors import GoodstandingError
 from goodstanding.metrics import DEPENDENCY_UP
+from goodstanding.tasks import check_cancelled
 
 _log = structlog.get_logger("goodstanding")
 FAILURES_TO_OPEN: Final = 3
@@ -60,10 +61,13 @@ async def watch(
 ) -> None:
     """Probe a dependency every `every` seconds, one probe at a time, until cancelled: a good probe closes its circuit.
 
-    `while_closed` probes a closed circuit too, and a bad probe then opens it: for what no request would notice.
+    `while_closed` probes a closed circuit too, and the third bad probe in a row opens it: for what no request would
+    notice, and without taking one late answer of a busy machine for an outage.
     `probe` bounds itself in time and raises GoodstandingError when the dependency is away.
     """
+    failures = 0
     while True:
+        check_cancelled()
         await asyncio.sleep(every)
         if breaker.closed and not while_closed:
             continue
@@ -72,7 +76,9 @@ async def watch(
         except Exception as error:  # noqa: BLE001 - whatever ails a dependency, its watch outlives it
             if not isinstance(error, GoodstandingError):
                 _log.exception("probe_failed", dependency=breaker.dependency)
-            if while_closed:
+            failures += 1
+            if while_closed and failures >= FAILURES_TO_OPEN:
                 breaker.open()
         else:
+            failures = 0
             breaker.close()

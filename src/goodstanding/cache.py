@@ -18,7 +18,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from goodstanding.breaker import Breaker, watch
@@ -26,7 +26,7 @@ from goodstanding.data import UserId
 from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
 from goodstanding.errors import TemporarilyUnavailableError
 from goodstanding.metrics import CACHE_REJECTED
-from goodstanding.tasks import background
+from goodstanding.tasks import background, check_cancelled
 
 PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5
@@ -127,8 +127,10 @@ class RedisCache:
             async with background() as spawn:
                 for _ in range(_LANES):
                     spawn(cache._lane())
-                with suppress(CacheAwayError):
+                try:
                     await cache.probe()
+                except CacheAwayError:
+                    cache._breaker.open()
                 spawn(watch(cache._breaker, cache.probe, every=PROBE_SECONDS, while_closed=True))
                 try:
                     yield cache
@@ -214,7 +216,10 @@ class RedisCache:
                     pipeline.set(key, b"1", px=_PROBE_MS)
                 await pipeline.execute()
         except Exception as error:
-            self._breaker.open()
+            if isinstance(error, ResponseError):
+                self._breaker.open()
+            else:
+                self._breaker.failed()
             raise CacheAwayError from error
 
     def _probe_keys(self) -> Sequence[str]:
@@ -284,6 +289,7 @@ class RedisCache:
     async def _lane(self) -> None:
         """Carry what is pending to Redis, one round trip after another, until cancelled."""
         while True:
+            check_cancelled()
             await self._wake.wait()
             self._wake.clear()
             batch, self._pending = self._pending, []

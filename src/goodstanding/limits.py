@@ -15,6 +15,7 @@ from goodstanding.data import Clock
 from goodstanding.errors import RateLimitedError
 from goodstanding.metrics import RATE_LIMITED
 from goodstanding.settings import Settings
+from goodstanding.tasks import check_cancelled
 
 WINDOW_SECONDS: Final = 60
 COUNTER_TTL_SECONDS: Final = 3 * WINDOW_SECONDS
@@ -141,13 +142,10 @@ class RateLimiter:
 
     async def run(self, *, sync_seconds: float = 0.5) -> None:
         """Compare notes with the fleet, for ever; returns at once when there are no counters to share."""
-        task = asyncio.current_task()
         while self._counters is not None:
             await asyncio.sleep(sync_seconds)
             await self.sync()
-            # Before Python 3.12 asyncio.wait_for, and so redis-py, may swallow a cancellation (python/cpython#86296).
-            if task is not None and task.cancelling():
-                raise asyncio.CancelledError
+            check_cancelled()
 
     async def sync(self) -> None:
         """Tell the fleet what was admitted here since the last time and learn what it admitted; never raises.

@@ -34,3 +34,13 @@ async def background() -> AsyncIterator[Spawn]:
                 task.cancel()
     if failure is not None:
         raise failure
+
+
+def check_cancelled() -> None:
+    """Raise CancelledError when the current task has been cancelled; for endless tasks that call other libraries.
+
+    Before Python 3.12 asyncio.wait_for, and so redis-py, may swallow a cancellation (python/cpython#86296).
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
