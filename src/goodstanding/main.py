@@ -23,6 +23,7 @@ from goodstanding.errors import ConfigurationError, InvalidInputError
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
 from goodstanding.memory import MemoryCache
+from goodstanding.metrics import forget_ended_processes
 from goodstanding.reputation_service import ReputationService
 from goodstanding.settings import Settings, load_settings
 from goodstanding.tasks import background
@@ -184,6 +185,7 @@ def create_served_app() -> FastAPI:
     """Build the application as `goodstanding serve` runs it in each worker process: with its log lines set up."""
     settings = load_settings()
     logs.configure(settings)
+    forget_ended_processes()
     return create_app(settings)
 
 

@@ -4,10 +4,11 @@ Several worker processes add up when PROMETHEUS_MULTIPROC_DIR is set before this
 """
 
 import os
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -54,7 +55,7 @@ DEPENDENCY_UP: Final = Gauge(
     "goodstanding_dependency_up",
     "1 while the dependency's circuit is closed, 0 while it is open.",
     ("dependency",),
-    multiprocess_mode="min",
+    multiprocess_mode="livemin",
 )
 RATE_LIMITED: Final = Counter(
     "goodstanding_rate_limited_total", "Requests refused by a rate limit, by kind.", ("kind",)
@@ -68,3 +69,15 @@ def render() -> bytes:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
+
+
+def forget_ended_processes() -> None:
+    """Drop what worker processes that have ended said of the present: a worker calls it when it starts."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None or os.name != "posix":
+        return
+    for pid in {int(path.stem.rpartition("_")[2]) for path in Path(folder).glob("gauge_live*.db")}:
+        try:
+            os.kill(pid, 0)
+        except OSError:  # nobody has this number now, or somebody else
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
