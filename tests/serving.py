@@ -1,6 +1,7 @@
 """A real server for the tests: an app under uvicorn on a loopback socket, its database, and its callers' tokens."""
 
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -34,6 +35,9 @@ BATCH: Final = "/api/user/reputation/batch"
 INVALIDATE: Final = "/api/user/reputation/cache/invalidate/{}"
 INVALIDATE_ALL: Final = "/api/user/reputation/cache/invalidate-all"
 ATTRIBUTION: Final = "/api/admin/sessions/{}/attribution"
+NO_DATABASE: Final = "postgresql://app@127.0.0.1:1/app"
+NO_REDIS: Final = "redis://127.0.0.1:1/0"
+"""Nobody listens on port 1, ever. A port that was merely free may be taken, or connect to itself, a moment later."""
 _DEADLINE: Final = 30.0
 _POLL: Final = 0.01
 _SESSIONS: Final = """
@@ -233,9 +237,11 @@ def raw_exchange(url: str, request: bytes) -> RawAnswer:
 
 
 def free_port() -> int:
-    """Give a port on which nobody listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Give a port on which nobody listens now, below the ephemeral range, where nobody connects from either."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = _DEADLINE) -> None:

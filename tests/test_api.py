@@ -22,12 +22,13 @@ from tests.serving import (
     INVALIDATE,
     INVALIDATE_ALL,
     NIL,
+    NO_DATABASE,
+    NO_REDIS,
     SINGLE,
     Backend,
     bearer,
     check_problem,
     client_of,
-    free_port,
     open_backend,
     token,
     wait_until,
@@ -68,7 +69,7 @@ def dev_client(backend: Backend) -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="module")
 def lonely_client(backend: Backend) -> Iterator[httpx2.Client]:
     """Give a client of a service whose Redis is not there."""
-    away = backend.settings(redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    away = backend.settings(redis_url=NO_REDIS)
     with client_of(create_app(away)) as opened:
         yield opened
 
@@ -471,11 +472,11 @@ class TestHealth:
 
     def test_without_a_database_it_is_degraded_and_without_both_unavailable(self, backend: Backend) -> None:
         """Without PostgreSQL the cache still answers; without both nobody does, which is 503."""
-        nowhere = f"postgresql://app@127.0.0.1:{free_port()}/app"
+        nowhere = NO_DATABASE
         with client_of(create_app(backend.settings(database_url=nowhere))) as client:
             answer = client.get("/health/ready")
             assert (200, {"status": "degraded", "degraded": ["database"]}) == (answer.status_code, answer.json())
-        away = f"redis://127.0.0.1:{free_port()}/0"
+        away = NO_REDIS
         with client_of(create_app(backend.settings(database_url=nowhere, redis_url=away))) as client:
             answer = client.get("/health/ready")
             expected = {"status": "unavailable", "degraded": ["database", "cache"]}
@@ -484,7 +485,7 @@ class TestHealth:
 
     def test_keys_that_never_came_make_it_unavailable(self, backend: Backend) -> None:
         """A service that could not load one published key can recognise nobody, and says so."""
-        settings = backend.settings(jwks_url=f"http://127.0.0.1:{free_port()}/jwks.json")
+        settings = backend.settings(jwks_url="http://127.0.0.1:1/jwks.json")
         with client_of(create_app(settings)) as client:
             answer = client.get("/health/ready")
             assert (503, {"status": "unavailable", "degraded": ["jwks"]}) == (answer.status_code, answer.json())
@@ -743,7 +744,7 @@ class TestRateLimits:
 
     def test_limits_hold_while_redis_is_away(self, backend: Backend) -> None:
         """Without Redis each process limits alone: still 429, never 500."""
-        away = f"redis://127.0.0.1:{free_port()}/0"
+        away = NO_REDIS
         with client_of(create_app(backend.settings(redis_url=away, read_limit_per_minute=2))) as client:
             assert [404, 404, 429] == self._statuses(client, 3, **bearer(sub="alone"))
 

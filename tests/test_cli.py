@@ -25,17 +25,17 @@ from goodstanding.embedded import Postgres, Valkey
 from tests.conftest import connect
 from tests.serving import (
     GONE,
+    NO_DATABASE,
+    NO_REDIS,
     SECRET,
     Backend,
     clean_environment,
     command,
     environment_of,
-    free_port,
     open_backend,
 )
 
 _COMMANDS: Final = {name.name or name.callback.__name__: name for name in app.registered_commands if name.callback}
-_NOWHERE: Final = "postgresql://app@127.0.0.1:1/app"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ class TestShow:
 
     def test_without_servers(self) -> None:
         """Without its servers it is one line and status 1."""
-        environment = {"GOODSTANDING_DATABASE_URL": _NOWHERE, "GOODSTANDING_LOG_LEVEL": "error"}
+        environment = {"GOODSTANDING_DATABASE_URL": NO_DATABASE, "GOODSTANDING_LOG_LEVEL": "error"}
         assert "cannot answer" in _one_line(_run("show", GONE, environment=environment), 1)
 
     def test_ctrl_c(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ class TestMigrate:
 
     def test_the_url_can_be_given(self, bare: Backend) -> None:
         """--database-url wins over the environment, since migrating takes another login than serving."""
-        environment = {"GOODSTANDING_DATABASE_URL": _NOWHERE}
+        environment = {"GOODSTANDING_DATABASE_URL": NO_DATABASE}
         words = ("migrate", "--database-url", bare.database.owner_url)
         assert 0 == _run(*words, environment=environment).exit_code
         assert ["reputation"] == _schemas(bare)
@@ -195,7 +195,7 @@ class TestMigrate:
     def test_what_goes_wrong_is_one_line(self, bare: Backend) -> None:
         """Without a URL, without a server and without rights it is one line."""
         assert "GOODSTANDING_DATABASE_URL" in _one_line(_run("migrate"), 2)
-        for url in (_NOWHERE, bare.database.service_url):
+        for url in (NO_DATABASE, bare.database.service_url):
             result = _run("migrate", "--database-url", url)
             assert 0 != result.exit_code
             _one_line(result, result.exit_code)
@@ -244,7 +244,7 @@ class TestInvalidate:
         """Without a Redis URL there is nothing that this process could drop; with Redis away it fails."""
         told = _one_line(_on(backend, "invalidate", GONE, GOODSTANDING_REDIS_URL=""), 2)
         assert "GOODSTANDING_REDIS_URL" in told
-        away = {"GOODSTANDING_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "GOODSTANDING_LOG_LEVEL": "error"}
+        away = {"GOODSTANDING_REDIS_URL": NO_REDIS, "GOODSTANDING_LOG_LEVEL": "error"}
         assert "cannot answer" in _one_line(_on(backend, "invalidate", GONE, **away), 1)
         assert "cannot answer" in _one_line(_on(backend, "invalidate", "--all", **away), 1)
 
@@ -273,7 +273,7 @@ class TestWarm:
         """Without a shared cache there is nothing to warm: a wrong setting, or a failure while Redis is away."""
         assert "GOODSTANDING_REDIS_URL" in _one_line(_on(backend, "warm", GOODSTANDING_REDIS_URL=""), 2)
         backend.user(completed=1)
-        away = {"GOODSTANDING_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "GOODSTANDING_LOG_LEVEL": "error"}
+        away = {"GOODSTANDING_REDIS_URL": NO_REDIS, "GOODSTANDING_LOG_LEVEL": "error"}
         assert "Redis is away" in _one_line(_on(backend, "warm", **away), 1)
 
 
@@ -295,12 +295,12 @@ class TestDoctor:
         result = _on(bare, "doctor")
         assert 1 == result.exit_code
         assert re.search(r"^failure +schema: not installed", result.stdout, re.MULTILINE)
-        nothing = _run("doctor", "--database-url", _NOWHERE)
+        nothing = _run("doctor", "--database-url", NO_DATABASE)
         assert 1 == nothing.exit_code
         assert "Traceback" not in nothing.output
 
 
-_FINE: Final = {"GOODSTANDING_DATABASE_URL": _NOWHERE, "GOODSTANDING_JWT_SECRET": SECRET}
+_FINE: Final = {"GOODSTANDING_DATABASE_URL": NO_DATABASE, "GOODSTANDING_JWT_SECRET": SECRET}
 _WRONG: Final = [
     ("GOODSTANDING_DATABASE_URL", ""),
     ("GOODSTANDING_DATABASE_URL", "mysql://localhost/app"),

@@ -24,11 +24,12 @@ from tests.serving import (
     GONE,
     INVALIDATE,
     INVALIDATE_ALL,
+    NO_DATABASE,
+    NO_REDIS,
     SINGLE,
     Backend,
     bearer,
     client_of,
-    free_port,
     open_backend,
 )
 
@@ -66,11 +67,11 @@ def backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[Backe
 def clients(backend: Backend) -> Iterator[dict[str, httpx2.Client]]:
     """Give clients of the service as it is, one call a minute, without servers, and without published keys."""
     nowhere = {
-        "database_url": f"postgresql://app@127.0.0.1:{free_port()}/app",
-        "redis_url": f"redis://127.0.0.1:{free_port()}/0",
+        "database_url": NO_DATABASE,
+        "redis_url": NO_REDIS,
     }
     once = {"redis_url": "", "read_limit_per_minute": 1, "admin_limit_per_minute": 1}
-    keys = {"jwks_url": f"http://127.0.0.1:{free_port()}/jwks.json"}
+    keys = {"jwks_url": "http://127.0.0.1:1/jwks.json"}
     with (
         client_of(create_app(backend.settings())) as usual,
         client_of(create_app(backend.settings(**once))) as limited,

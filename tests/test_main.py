@@ -172,6 +172,22 @@ class TestSettings:
         assert ["info"] == seen
 
 
+def test_a_route_that_somebody_adds_keeps_the_form(backend: Backend) -> None:
+    """What somebody adds to the application answers errors in the same form, without an echo."""
+    app = goodstanding.create_app(backend.settings())
+
+    @app.get("/more")
+    async def more(number: int) -> int:
+        if not number:
+            raise HTTPException(status_code=409, detail="evil")
+        return number
+
+    with client_of(app) as client:
+        assert 5 == client.get("/more?number=5").json()
+        check_problem(client.get("/more?number=evil"), 422, "invalid_input", never="evil")
+        check_problem(client.get("/more?number=0"), 409, "bad_request", never="evil")
+
+
 class TestModuleAttribute:
     """`goodstanding.main:app`, for any ASGI server."""
 
