@@ -222,6 +222,12 @@ class TestBrowserCaching:
         backend.session(match, "no_show")
         assert again.headers["etag"] != _read(client, user, "?use_cache=false").headers["etag"]
 
+    def test_the_etag_tells_counts_apart_that_score_the_same(self, backend: Backend, client: httpx2.Client) -> None:
+        """Beyond the bounds, and where both counts rise, the ETag still changes."""
+        counts = [(25, 0), (26, 0), (0, 6), (0, 7), (4, 1), (5, 2)]
+        users = [backend.user(completed=completed, no_shows=no_shows) for completed, no_shows in counts]
+        assert len(counts) == len({_read(client, user).headers["etag"] for user in users})
+
     @pytest.mark.parametrize(
         "form", ["{}", "*", '"other", {}', '{} , "other"', "{strong}", '"a,b", {}', 'W/"x",{strong},W/"y"']
     )

@@ -2,12 +2,14 @@
 
 import signal
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO
 
 import httpx2
 import pytest
+import redis
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -317,6 +319,35 @@ class TestProcesses:
         assert "Application shutdown complete." in told
         assert "Traceback" not in told
         assert [] == list(tmp_path.glob("goodstanding-metrics-*"))
+
+    def test_what_is_under_way_is_answered_first(
+        self, backend: Backend, postgres: Postgres, valkey: Valkey, tmp_path: Path
+    ) -> None:
+        """A request that waits for PostgreSQL when SIGTERM comes still gets its answer."""
+        port, user = free_port(), backend.user(completed=1)
+        variables = environment_of(backend.settings()) | {
+            "GOODSTANDING_LOAD_DEADLINE_MS": "9000",
+            "PORT": str(port),
+            "TMPDIR": str(tmp_path),
+        }
+        with (
+            command("goodstanding", "serve", environment=variables) as process,
+            redis.Redis.from_url(valkey.url()) as store,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            assert process.stdout is not None
+            _read_until(process.stdout, "Uvicorn running on")
+            postgres.pause()
+            try:
+                url = f"http://127.0.0.1:{port}{SINGLE.format(user)}"
+                answer = pool.submit(httpx2.get, url, headers=bearer(), timeout=30)
+                wait_until(lambda: bool(store.exists(f"{{reputation:user:{user}}}:lease")))
+                process.send_signal(signal.SIGTERM)
+                _read_until(process.stdout, "Shutting down")
+            finally:
+                postgres.resume()
+            assert 1 == answer.result(30).json()["score"]
+            assert 0 == process.wait(30)
 
 
 def _read_until(stream: IO[str], text: str, *, times: int = 1) -> None:
