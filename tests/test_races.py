@@ -198,9 +198,9 @@ async def test_the_checker_finds_planted_bugs(
             same = cache_module.RedisCache.lease
 
             async def one_token_for_all(
-                self: cache_module.RedisCache, user_ids: Sequence[UserId], _token: str, *, seize: bool = False
+                self: cache_module.RedisCache, user_ids: Sequence[UserId], _token: str, **conditions: bool
             ) -> list[bool]:
-                return await same(self, user_ids, "same", seize=seize)
+                return await same(self, user_ids, "same", **conditions)
 
             fill = cache_module.RedisCache.fill
             monkeypatch.setattr(cache_module.RedisCache, "lease", one_token_for_all)

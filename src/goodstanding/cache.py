@@ -7,16 +7,17 @@ value and lease together, so a load that began before an invalidation can never 
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from itertools import islice
-from typing import Any, Final, Protocol, Self, cast
+from itertools import groupby, islice, repeat
+from operator import itemgetter
+from typing import Any, Final, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -33,6 +34,8 @@ PROBE_SECONDS: Final = 0.5
 """How often Redis is asked to take a write: so soon is a Redis that takes none noticed, and one that is back."""
 
 _LANES: Final = 2
+_MOST_JOINED: Final = 100
+_TICKS: Final = 25
 _SCAN_COUNT: Final = 1000
 _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
@@ -65,8 +68,13 @@ class Cache(Protocol):
         """Read the last known good copies; same order."""
         ...
 
-    async def lease(self, user_ids: Sequence[UserId], token: str, *, seize: bool = False) -> list[bool]:
-        """Take the users' leases under one token; tells which were got. `seize` takes them from whoever holds them."""
+    async def lease(
+        self, user_ids: Sequence[UserId], token: str, *, seize: bool = False, unless_cached: bool = False
+    ) -> list[bool]:
+        """Take the users' leases under one token; tells which were got.
+
+        `seize` takes them from whoever holds them, `unless_cached` only where there is no value to be served.
+        """
         ...
 
     async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
@@ -139,7 +147,7 @@ class RedisCache:
         finally:
             with suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(deadline * 4):
-                    await client.aclose()
+                    await _disconnect(client)
 
     @property
     def available(self) -> bool:
@@ -159,12 +167,31 @@ class RedisCache:
         replies = await self._send([("MGET", last_good_key(user)) for user in user_ids])
         return [self._accept(value, user) for user, (value,) in zip(user_ids, replies, strict=True)]
 
-    async def lease(self, user_ids: Sequence[UserId], token: str, *, seize: bool = False) -> list[bool]:
+    async def lease(
+        self, user_ids: Sequence[UserId], token: str, *, seize: bool = False, unless_cached: bool = False
+    ) -> list[bool]:
         """Take leases that live as long as a load may; at most one holder each."""
         condition = () if seize else ("NX",)
-        life = self._lives.lease
-        replies = await self._send([("SET", lease_key(user), token, *condition, "PX", life) for user in user_ids])
-        return [bool(reply) for reply in replies]
+        commands: list[Command] = [
+            ("SET", lease_key(user), token, *condition, "PX", self._lives.lease) for user in user_ids
+        ]
+        if unless_cached:
+            # Looked at once the lease is ours: from then on nobody else fills.
+            commands += [("MGET", value_key(user)) for user in user_ids]
+        replies = await self._send(commands)
+        got = [bool(reply) for reply in replies[: len(user_ids)]]
+        filled = (
+            [
+                user
+                for user, is_ours, (value,) in zip(user_ids, got, replies[len(user_ids) :], strict=True)
+                if is_ours and value is not None and self._is_served(value, user)
+            ]
+            if unless_cached
+            else []
+        )
+        if filled:
+            await self.release(filled, token)
+        return [is_ours and user not in filled for user, is_ours in zip(user_ids, got, strict=True)]
 
     async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
         """Store entries whose leases still hold this token."""
@@ -209,7 +236,7 @@ class RedisCache:
     async def probe(self) -> None:
         """Ask Redis to take a write: one that cannot be written cannot be invalidated, so it must not be read."""
         try:
-            async with asyncio.timeout(self._deadline):
+            async with _within(self._deadline):
                 await self._client.initialize()
                 pipeline = self._client.pipeline(transaction=False)
                 for key in self._probe_keys():
@@ -244,6 +271,9 @@ class RedisCache:
             CACHE_REJECTED.labels(entry.value).inc()
             return None
         return entry
+
+    def _is_served(self, text: bytes, user_id: UserId) -> bool:
+        return isinstance(decode(text, user_id=user_id, policy=self._policy), Entry)
 
     async def _unlink_matching(self, pattern: str) -> int:
         dropped = 0
@@ -303,12 +333,8 @@ class RedisCache:
 
     async def _round_trip(self, batch: Sequence[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]) -> None:
         try:
-            async with asyncio.timeout(self._deadline):
-                pipeline = self._client.pipeline(transaction=False)
-                for commands, _ in batch:
-                    for command in commands:
-                        pipeline.execute_command(*command)
-                replies = iter(await cast("Awaitable[list[Any]]", pipeline.execute(raise_on_error=False)))
+            async with _within(self._deadline):
+                replies = iter(await self._exchange([command for commands, _ in batch for command in commands]))
         except asyncio.CancelledError as error:
             for _, future in batch:
                 _fail(future, error)
@@ -329,12 +355,89 @@ class RedisCache:
             elif not future.done():
                 future.set_result(mine)
 
+    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands as one round trip; gives their replies, an exception where Redis refused one."""
+        if isinstance(self._client, RedisCluster):
+            pipeline = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute(raise_on_error=False)
+        runs = [*_runs(commands)]
+        # What redis-py's own pipeline does, without what it does beside it, which costs as much as the round trip.
+        pool = self._client.connection_pool
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call] # redis-py leaves it untyped
+        answers: list[Any] = []
+        try:
+            joined = [(run[0][0], *(word for command in run for word in command[1:])) for run in runs]
+            await connection.send_packed_command(connection.pack_commands(joined))
+            for _ in joined:
+                try:
+                    answers.append(await connection.read_response())
+                except ResponseError as error:
+                    answers.append(error)
+        except BaseException:
+            # Replies that nobody waited for must not be the next caller's.
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+        return [reply for run, answer in zip(runs, answers, strict=True) for reply in _shares(run, answer)]
+
+
+def _runs(commands: Sequence[Command]) -> Iterator[list[Command]]:
+    """Put neighbouring MGETs together to be sent as one: Redis and its client work per command more than per key."""
+    for name, group in groupby(commands, itemgetter(0)):
+        run = [*group]
+        step = _MOST_JOINED if name == "MGET" else 1
+        yield from (run[start : start + step] for start in range(0, len(run), step))
+
+
+def _shares(run: Sequence[Command], answer: Any) -> Iterator[Any]:  # noqa: ANN401 - any command's reply
+    """Give each command of a run its part of the answer; an error is everybody's."""
+    if len(run) == 1 or isinstance(answer, Exception):
+        return repeat(answer, len(run))
+    values = iter(answer)
+    return ([*islice(values, len(command) - 1)] for command in run)
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """Bound a wait as asyncio.timeout does, but in the event loop's own time: what the loop was late does not count.
+
+    A loop that is busy for longer than the deadline finds its timers due before it has read, or even sent, anything.
+    Under a plain timeout a burst of requests looks like a hung Redis, and the database gets the whole burst.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as timeout:
+        handle = loop.call_later(seconds / _TICKS, lambda: tick(_TICKS - 1))
+
+        def tick(left: int) -> None:
+            nonlocal handle
+            if left:
+                handle = loop.call_later(seconds / _TICKS, tick, left - 1)
+            else:
+                timeout.reschedule(loop.time())
+
+        try:
+            yield
+        finally:
+            handle.cancel()
+
 
 def _fail(future: "asyncio.Future[list[Any]]", cause: BaseException | None) -> None:
     if not future.done():
         away = CacheAwayError()
         away.__cause__ = cause
         future.set_exception(away)
+
+
+async def _disconnect(client: "Redis | RedisCluster") -> None:
+    """Close a client's connections, and those of the Sentinels that it asks: redis-py leaves them open."""
+    await client.aclose()
+    pool = getattr(client, "connection_pool", None)
+    if isinstance(pool, SentinelConnectionPool):
+        for watcher in pool.sentinel_manager.sentinels:
+            await watcher.aclose()
 
 
 def connect(url: str, *, deadline: float) -> "Redis | RedisCluster":
@@ -348,8 +451,9 @@ def connect(url: str, *, deadline: float) -> "Redis | RedisCluster":
     # redis-py's defaults wait 60 s on a hung server, and retry; and the hand-shakes that it adds to a new connection
     # cost round trips that the deadline has to pay for.
     options: dict[str, Any] = {
-        "socket_timeout": deadline,
-        "socket_connect_timeout": deadline,
+        # The last resort: all but a walk over the keys ends by our own deadline, which forgives a busy loop.
+        "socket_timeout": 10 * deadline,
+        "socket_connect_timeout": 10 * deadline,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),

@@ -59,13 +59,17 @@ class MemoryCache:
         slots = (self._slots.get(user) for user in user_ids)
         return [slot.last_good if slot is not None and now < slot.last_good_until else None for slot in slots]
 
-    async def lease(self, user_ids: Sequence[UserId], token: str, *, seize: bool = False) -> list[bool]:
+    async def lease(
+        self, user_ids: Sequence[UserId], token: str, *, seize: bool = False, unless_cached: bool = False
+    ) -> list[bool]:
         """Take leases that live as long as a load may; at most one holder each."""
         now = self.monotonic()
         got = []
         for user in user_ids:
             slot = self._slot(user)
             free = seize or slot.lease is None or now >= slot.lease_until
+            if unless_cached and slot.entry is not None and now < slot.entry_until:
+                free = False
             if free:
                 slot.lease, slot.lease_until = token, now + self.lives.lease / 1000
             got.append(free)

@@ -381,7 +381,9 @@ class ReputationService:
     async def _lease(self, flight: _Flight, foreign: set[UserId]) -> None:
         seize = flight.reason is LoadReason.REQUEST
         wanted = [user for user in flight.users if seize or user not in foreign]
-        got = await self._cache.lease(wanted, flight.token, seize=seize)
+        # Between a miss and its lease another process may have filled: then there is nothing left to load.
+        unless_cached = flight.reason is LoadReason.MISS and len(flight.users) == 1
+        got = await self._cache.lease(wanted, flight.token, seize=seize, unless_cached=unless_cached)
         flight.leased.update(user for user, is_ours in zip(wanted, got, strict=True) if is_ours)
 
     async def _wait_for_other(self, flight: _Flight) -> Entry | None:
