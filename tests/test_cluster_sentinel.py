@@ -1,0 +1,315 @@
+"""A real Cluster of three servers, and a real Sentinel with one failover."""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from goodstanding.cache import CacheAwayError, RedisCache, lease_key, value_key
+from goodstanding.embedded import Valkey
+from goodstanding.entry import Fetched
+from goodstanding.reputation_service import Source
+from tests.conftest import Database
+from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, user
+
+_SECRET = secrets.token_urlsafe(16)
+
+
+def _folder(path: Path) -> Path:
+    """Make a server's folder, with the password that all servers here share."""
+    path.mkdir()
+    (path / "password").write_text(_SECRET)
+    return path
+
+
+class _Node(Valkey):
+    """A node of a Cluster."""
+
+    title = "Cluster node"
+
+    def _command(self) -> list[str]:
+        # Its second port is by default one that the system may have given to any client meanwhile.
+        bus = str(self.port + 700)
+        return [
+            *super()._command(),
+            "--cluster-enabled",
+            "yes",
+            "--cluster-port",
+            bus,
+            "--cluster-node-timeout",
+            "2000",
+        ]
+
+
+def _plain(server: Valkey) -> "redis.Redis":
+    return redis.Redis.from_url(server.url(), socket_timeout=SECONDS)
+
+
+async def _agreed(servers: Sequence[Valkey]) -> bool:
+    """Tell whether every node has all slots covered by the three."""
+    for server in servers:
+        with _plain(server) as client:
+            info: dict[str, str] = client.execute_command("CLUSTER INFO")
+            if "ok" != info["cluster_state"] or "3" != info["cluster_size"]:
+                return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[Valkey]]:
+    """Run three primaries that share the slots."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(_Node(_folder(folder / str(number)))) for number in range(3)]
+        slots = [(0, 5460), (5461, 10922), (10923, 16383)]
+        for server, (first, last) in zip(servers, slots, strict=True):
+            with _plain(server) as client:
+                client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
+                client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port, servers[0].port + 700)
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(_until_agreed(servers))
+        yield servers
+
+
+async def _until_agreed(servers: Sequence[Valkey]) -> None:
+    await eventually(lambda: _agreed(servers))
+
+
+@pytest.fixture
+async def cluster(nodes: Sequence[Valkey]) -> AsyncIterator[RedisCache]:
+    """Give a cache on the empty cluster, whose address is any one node's."""
+    for node in nodes:
+        with _plain(node) as client:
+            client.flushall()
+            client.config_set("maxmemory", 0)
+            client.config_resetstat()
+    async with open_redis(_cluster_url(nodes)) as cache:
+        await eventually(lambda: cache.available)
+        yield cache
+
+
+def _cluster_url(nodes: Sequence[Valkey]) -> str:
+    return nodes[0].url().replace("redis://", "redis+cluster://").removesuffix("/0")
+
+
+async def test_the_protocol_holds_in_a_cluster(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """A user's three keys share a slot, users spread over the nodes, and one call still serves them all."""
+    users = [user(number) for number in range(100)]
+    assert [True] * 100 == await cluster.lease(users, "t1")
+    assert [False] * 100 == await cluster.lease(users, "t2")
+    assert [Fetched(None, "t1")] * 100 == await cluster.fetch(users)
+    assert [True] * 100 == await cluster.fill({me: entry(number) for number, me in enumerate(users)}, "t1")
+    assert [Fetched(entry(number), None) for number in range(100)] == await cluster.fetch(users)
+    assert [entry(number) for number in range(100)] == await cluster.fetch_last_good(users)
+    sizes = []
+    for node in nodes:
+        with _plain(node) as client:
+            sizes.append(client.dbsize())
+            errors = client.info("errorstats")
+            assert not {"errorstat_CROSSSLOT", "errorstat_MOVED"} & errors.keys()
+    assert all(size > 20 for size in sizes)
+    await cluster.lease(users[:1], "t3")
+    await cluster.release(users[:1], "t3")
+    await cluster.invalidate(users[:10])
+    assert [Fetched(None, None)] * 10 == await cluster.fetch(users[:10])
+    assert {"a": 1, "b": 2} == await cluster.add({"a": 1, "b": 2}, 60)
+
+
+async def test_everybody_is_dropped_on_every_node(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """The sweep visits all primaries, counts each value once, and uses no KEYS and no FLUSH."""
+    users = [user(number) for number in range(1500)]
+    await cluster.lease(users, "t1")
+    assert [True] * 1400 == await cluster.fill(dict.fromkeys(users[:1400], entry()), "t1")
+    for node in nodes:
+        with _plain(node) as client:
+            client.config_resetstat()
+    assert 1400 == await cluster.invalidate_all()
+    for node in nodes:
+        with _plain(node) as client:
+            commands = client.info("commandstats")
+            assert "cmdstat_scan" in commands
+            assert not {"cmdstat_keys", "cmdstat_flushall", "cmdstat_flushdb"} & commands.keys()
+            assert [] == client.keys("*reputation*")
+
+
+async def test_one_full_node_is_noticed(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """A node that takes no writes takes no invalidations, whichever of them it is: away within 2 s, back within 2 s."""
+    for node in nodes:
+        with _plain(node) as client:
+            client.config_set("maxmemory", 1)
+            await eventually(lambda: not cluster.available, within=3.5)
+            client.config_set("maxmemory", 0)
+            await eventually(lambda: cluster.available, within=3.5)
+
+
+async def test_one_dead_node_is_survived(cluster: RedisCache, nodes: Sequence[Valkey], database: Database) -> None:
+    """Its users' answers come from PostgreSQL, and it is used again when it is back."""
+    truths = [await Truth.of(database, 1) for _ in range(10)]
+    async with open_service(cluster, database.service_url, cache_wait=0.2) as service:
+        users = [truth.user_id for truth in truths]
+        await service.read_many(users)
+        assert {Source.HIT} == {answer.source for answer in (await service.read_many(users)).values()}
+        nodes[2].kill()
+        try:
+            await eventually(lambda: not cluster.available, within=SECONDS)
+            for answer in (await service.read_many(users)).values():
+                assert answer.data is not None
+                assert (1, Source.BYPASS) == (answer.data.completed_sessions, answer.source)
+            with pytest.raises(CacheAwayError):
+                await service.invalidate(users)
+        finally:
+            nodes[2].start()
+        await eventually(lambda: _agreed(nodes))
+        await eventually(lambda: cluster.available, within=3.5)
+        await service.invalidate(users)
+        await service.read_many(users)
+        assert {Source.HIT} == {answer.source for answer in (await service.read_many(users)).values()}
+
+
+async def test_a_moved_slot_is_followed(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """A slot may move to another node and back: the client finds it again by itself."""
+    me = user(1)
+    with ExitStack() as stack:
+        peers = [stack.enter_context(_plain(node)) for node in nodes]
+        names = [peer.execute_command("CLUSTER MYID").decode() for peer in peers]
+        slot = int(peers[0].execute_command("CLUSTER KEYSLOT", value_key(me)))
+        home = next(number for number, last in enumerate((5460, 10922, 16383)) if slot <= last)
+        for score, place in enumerate(((home + 1) % 3, home)):
+            await cluster.invalidate([me])
+            for peer in (peers[place], *peers):
+                peer.execute_command("CLUSTER SETSLOT", slot, "NODE", names[place])
+
+            async def works(score: int = score) -> bool:
+                try:
+                    await cluster.lease([me], "t1", seize=True)
+                    stored = await cluster.fill({me: entry(score)}, "t1")
+                    return [True] == stored and [Fetched(entry(score), None)] == await cluster.fetch([me])
+                except CacheAwayError:
+                    return False
+
+            await eventually(works)
+            assert 2 == peers[place].execute_command("CLUSTER COUNTKEYSINSLOT", slot)
+
+
+# Sentinel.
+
+
+class _Sentinel(Valkey):
+    """A Sentinel that watches one master, under the name `main`; it asks for no password."""
+
+    title = "Sentinel"
+
+    def __init__(self, data_dir: Path, *, master: Valkey) -> None:
+        super().__init__(data_dir, options=("--sentinel",))
+        self._master = master
+
+    def _prepare(self) -> None:
+        (self.data_dir / "valkey.conf").write_text(
+            f"sentinel monitor main 127.0.0.1 {self._master.port} 1\n"
+            f"sentinel auth-pass main {_SECRET}\n"
+            "sentinel down-after-milliseconds main 300\n"
+            "sentinel failover-timeout main 3000\n"
+        )
+
+    def _ready(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+@asynccontextmanager
+async def _watched_pair(folder: Path) -> AsyncIterator[tuple[Valkey, Valkey, str]]:
+    """Run a master, its replica and their Sentinel; gives the URL by which a client finds the master."""
+    shared = ("--masterauth", _SECRET, "--repl-diskless-sync-delay", "0")
+    with (
+        Valkey(_folder(folder / "master"), options=shared) as master,
+        Valkey(_folder(folder / "replica"), options=(*shared, "--replicaof", f"127.0.0.1 {master.port}")) as replica,
+        _Sentinel(_folder(folder / "sentinel"), master=master) as sentinel,
+    ):
+        port = urlsplit(sentinel.url()).port
+        with redis.Redis(port=port or 0, socket_timeout=SECONDS) as watcher, _plain(replica) as second:
+
+            def is_watched() -> bool:
+                known = watcher.execute_command("SENTINEL REPLICAS", "main")
+                return 1 == len(known) and "up" == second.info("replication")["master_link_status"]
+
+            await eventually(is_watched)
+        yield master, replica, f"redis+sentinel://:{_SECRET}@127.0.0.1:{port}/main/0"
+
+
+@pytest.mark.slow
+async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> None:
+    """Sentinel names the master; when it dies, PostgreSQL answers until the new one is found, with the same service."""
+    truth = await Truth.of(database, 1)
+    async with (
+        _watched_pair(tmp_path) as (master, replica, url),
+        open_redis(url, deadline=0.5) as cache,
+        open_service(cache, database.service_url, cache_wait=0.2) as service,
+    ):
+        await eventually(lambda: cache.available)
+        assert Source.MISS is (await service.read(truth.user_id)).source
+        assert Source.HIT is (await service.read(truth.user_id)).source
+        with _plain(master) as client:
+            assert 1 == client.exists(value_key(truth.user_id))
+        master.kill()
+        sources = set()
+
+        async def is_away() -> bool:
+            sources.add((await service.read(truth.user_id)).source)
+            return 0 == metric("goodstanding_dependency_up", dependency="redis")
+
+        await eventually(is_away)
+        assert Source.BYPASS is (await service.read(truth.user_id)).source
+        await eventually(lambda: cache.available)
+        assert "master" == _role(replica)
+        await truth.complete()
+        await service.invalidate([truth.user_id])
+        answer = await service.read(truth.user_id)
+        assert answer.data is not None
+        assert (2, Source.MISS) == (answer.data.completed_sessions, answer.source)
+        assert Source.HIT is (await service.read(truth.user_id)).source
+        with _plain(replica) as client:
+            assert 1 == client.exists(value_key(truth.user_id))
+
+
+@pytest.mark.slow
+async def test_a_demoted_master_is_left(tmp_path: Path) -> None:
+    """In a planned switch the old master lives on as a replica: its refusal sends the client to the new one."""
+    async with _watched_pair(tmp_path) as (master, replica, url), open_redis(url, deadline=0.5) as cache:
+        await eventually(lambda: cache.available)
+        await cache.lease([user(1)], "t1")
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        with redis.Redis(port=port, socket_timeout=SECONDS) as watcher:
+            watcher.execute_command("SENTINEL FAILOVER", "main")
+        await eventually(lambda: "master" == _role(replica))
+        # The Sentinel does this, too, but takes ten seconds to get around to it.
+        with _plain(master) as client:
+            client.replicaof("127.0.0.1", str(replica.port))
+        assert "slave" == _role(master)
+
+        async def is_written() -> bool:
+            try:
+                await cache.lease([user(2)], "t2", seize=True)
+            except CacheAwayError:
+                return False
+            with _plain(replica) as client:
+                return bool(b"t2" == client.get(lease_key(user(2))))
+
+        await eventually(is_written)
+        await eventually(lambda: cache.available)
+
+
+def _role(server: Valkey) -> str:
+    """Tell what a server says it is; a switch ends its connections."""
+    with suppress(redis.ConnectionError), _plain(server) as client:
+        return str(client.info("replication")["role"])
+    return "unknown"
