@@ -398,6 +398,22 @@ async def test_answers_are_never_mixed_up(redis_url: str) -> None:
     assert before == metric("goodstanding_cache_rejected_total", reason="other_user")
 
 
+async def test_an_answer_between_late_ones_keeps_the_circuit_closed(redis_url: str) -> None:
+    """A Redis that is late now and then is late, not away."""
+    proxy = Proxy(redis_url)
+    async with proxy.serve(), open_redis(proxy.url, deadline=0.1) as cache:
+
+        async def answers() -> bool:
+            return [_NOTHING] == await _outcome(cache.fetch([_ME]))
+
+        for _ in range(3):
+            proxy.delay = lambda: 3600.0
+            assert isinstance(await _outcome(cache.fetch([_ME])), CacheAwayError)
+            proxy.delay = lambda: 0.0
+            await eventually(answers)
+            assert cache.available
+
+
 async def test_a_caller_that_goes_away_harms_nobody(redis_cache: RedisCache) -> None:
     """A cancelled call is neutral: its neighbours in the same round trip are answered, the circuit stays closed."""
     for _ in range(20):
