@@ -327,7 +327,9 @@ class ReputationService:
     async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
         """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
         try:
-            flight.loaded.set_result(await self._outcome(flight, foreign))
+            loaded = await self._outcome(flight, foreign)
+            if not flight.loaded.done():
+                flight.loaded.set_result(loaded)
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait for this load
             self._land(flight, error)
         finally:
@@ -363,6 +365,10 @@ class ReputationService:
             # What follows is read from here on, and a read that begins later may come after an invalidation.
             flight.started = next(self._events)
             return await self._last_known_good(flight.users)
+        loaded = _Loaded(entries)
+        if flight.reason is LoadReason.MISS:
+            # Whoever asks before it is filled finds no older value, and shares this load: nobody waits for the fill.
+            flight.loaded.set_result(loaded)
         if flight.leased:
             try:
                 stored = await self._cache.fill({user: entries[user] for user in flight.leased}, flight.token)
@@ -370,7 +376,7 @@ class ReputationService:
                 stored = [False] * len(flight.leased)
             CACHE_FILLS.labels("stored").inc(sum(stored))
             CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
-        return _Loaded(entries)
+        return loaded
 
     async def _turn(self, flight: _Flight) -> None:
         """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
