@@ -68,6 +68,11 @@ async def eventually(condition: Callable[[], Awaitable[bool] | bool], *, within:
         await asyncio.sleep(0.002)
 
 
+async def settled(service: ReputationService) -> None:
+    """Wait until what was loaded is in the cache: a cold read is answered before that."""
+    await eventually(lambda: not service._flights)  # noqa: SLF001 - nothing else tells
+
+
 def every_read_is_due(_low: float, high: float) -> float:
     """Stand in for `random.uniform`: with the largest jitter."""
     return high

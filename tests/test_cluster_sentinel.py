@@ -16,7 +16,7 @@ from goodstanding.embedded import Valkey
 from goodstanding.entry import Fetched
 from goodstanding.reputation_service import Source
 from tests.conftest import Database
-from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, user
+from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, settled, user
 
 _SECRET = secrets.token_urlsafe(16)
 
@@ -154,6 +154,7 @@ async def test_one_dead_node_is_survived(cluster: RedisCache, nodes: Sequence[Va
     async with open_service(cluster, database.service_url, cache_wait=0.2) as service:
         users = [truth.user_id for truth in truths]
         await service.read_many(users)
+        await settled(service)
         assert {Source.HIT} == {answer.source for answer in (await service.read_many(users)).values()}
         nodes[2].kill()
         try:
@@ -169,6 +170,7 @@ async def test_one_dead_node_is_survived(cluster: RedisCache, nodes: Sequence[Va
         await eventually(lambda: cluster.available, within=3.5)
         await service.invalidate(users)
         await service.read_many(users)
+        await settled(service)
         assert {Source.HIT} == {answer.source for answer in (await service.read_many(users)).values()}
 
 
@@ -257,6 +259,7 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
     ):
         await eventually(lambda: cache.available)
         assert Source.MISS is (await service.read(truth.user_id)).source
+        await settled(service)
         assert Source.HIT is (await service.read(truth.user_id)).source
         with _plain(master) as client:
             assert 1 == client.exists(value_key(truth.user_id))
@@ -276,6 +279,7 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
         answer = await service.read(truth.user_id)
         assert answer.data is not None
         assert (2, Source.MISS) == (answer.data.completed_sessions, answer.source)
+        await settled(service)
         assert Source.HIT is (await service.read(truth.user_id)).source
         with _plain(replica) as client:
             assert 1 == client.exists(value_key(truth.user_id))

@@ -28,6 +28,7 @@ from tests.parts import (
     open_redis,
     open_service,
     queries,
+    settled,
 )
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -218,6 +219,7 @@ async def test_a_redis_that_takes_no_writes_is_not_read(redis_url: str, database
         open_service(cache, database.service_url) as service,
     ):
         await service.read(truth.user_id)
+        await settled(service)
         await client.replicaof("127.0.0.1", "1")
         try:
             assert Source.HIT is (await service.read(truth.user_id)).source
@@ -306,6 +308,7 @@ async def test_postgres_may_crash_and_come_back(postgres: Postgres, redis_url: s
     ):
         for truth in (known, stale):
             await service.read(truth.user_id)
+        await settled(service)
         await client.delete(value_key(stale.user_id))
         await asyncio.to_thread(postgres.kill)
         try:
@@ -349,6 +352,7 @@ async def test_postgres_may_hang(postgres: Postgres, redis_url: str, database: D
         open_service(cache, database.service_url, load_deadline=0.3, cache_wait=0.1) as service,
     ):
         await service.read(stale.user_id)
+        await settled(service)
         await client.delete(value_key(stale.user_id))
         await asyncio.to_thread(postgres.pause)
         try:

@@ -36,6 +36,7 @@ from tests.parts import (
     open_service,
     queries,
     redis_kit,
+    settled,
     stranger,
     user,
 )
@@ -76,12 +77,21 @@ def _seen(answer: Answer) -> tuple[int, str]:
     return answer.data.completed_sessions, answer.source.value
 
 
+async def _told(service: ReputationService, user_id: UserId, *, use_cache: bool = True) -> tuple[int, str]:
+    """Read, with everything in the cache that was loaded before, and then what this read loaded."""
+    await settled(service)
+    answer = await service.read(user_id, use_cache=use_cache)
+    await settled(service)
+    return _seen(answer)
+
+
 async def test_a_miss_then_hits(service: ReputationService, database: Database) -> None:
     """The first read counts and fills, the next ones need no query; the numbers are the sessions'."""
     truth = await Truth.of(database, 11)
     await database.add_session(truth.match_id, "no_show", a=False, b=True)
     before = queries()
     first = await service.read(truth.user_id)
+    await settled(service)
     assert (
         (Source.MISS, 10, BadgeColor.GOLD, 11, 1)
         == (
@@ -102,11 +112,11 @@ async def test_a_miss_then_hits(service: ReputationService, database: Database) 
 async def test_an_expired_value_is_loaded_anew(service: ReputationService, database: Database, kit: Kit) -> None:
     """After its life a value is a miss, and what is loaded then is the truth of then."""
     truth = await Truth.of(database, 1)
-    assert (1, "miss") == _seen(await service.read(truth.user_id))
+    assert (1, "miss") == await _told(service, truth.user_id)
     await truth.complete()
-    assert (1, "hit") == _seen(await service.read(truth.user_id))
+    assert (1, "hit") == await _told(service, truth.user_id)
     await kit.move_on(LIVES.value)
-    assert (2, "miss") == _seen(await service.read(truth.user_id))
+    assert (2, "miss") == await _told(service, truth.user_id)
 
 
 async def test_an_unknown_user_is_remembered_for_half_a_minute(
@@ -118,18 +128,19 @@ async def test_an_unknown_user_is_remembered_for_half_a_minute(
     for _ in range(3):
         with pytest.raises(UserNotFoundError):
             await service.read(one)
+        await settled(service)
     assert before + 1 == queries()
     assert {one: (None, Source.HIT)} == {
         who: (answer.data, answer.source) for who, answer in (await service.read_many([one])).items()
     }
     await database.add_user(one)
     await kit.move_on(LIVES.unknown)
-    assert (0, "miss") == _seen(await service.read(one))
+    assert (0, "miss") == await _told(service, one)
     with pytest.raises(UserNotFoundError):
         await service.read(two)
     await database.add_user(two)
     await service.invalidate([two])
-    assert (0, "miss") == _seen(await service.read(two))
+    assert (0, "miss") == await _told(service, two)
 
 
 async def test_a_new_user_has_a_green_badge(service: ReputationService, database: Database) -> None:
@@ -144,14 +155,15 @@ async def test_an_invalidation_makes_the_next_read_count(service: ReputationServ
     truth, other = await Truth.of(database), await Truth.of(database)
     for who in (truth, other):
         await service.read(who.user_id)
+        await settled(service)
         await who.complete()
     before = metric("goodstanding_invalidations_total", result="done")
     await service.invalidate([truth.user_id, stranger()])
     assert before + 2 == metric("goodstanding_invalidations_total", result="done")
-    assert (1, "miss") == _seen(await service.read(truth.user_id))
-    assert (0, "hit") == _seen(await service.read(other.user_id))
+    assert (1, "miss") == await _told(service, truth.user_id)
+    assert (0, "hit") == await _told(service, other.user_id)
     assert 2 == await service.invalidate_all()
-    assert (1, "miss") == _seen(await service.read(other.user_id))
+    assert (1, "miss") == await _told(service, other.user_id)
     assert 1 == await service.invalidate_all()
 
 
@@ -160,8 +172,8 @@ async def test_use_cache_false_counts_and_refreshes(service: ReputationService, 
     truth = await Truth.of(database)
     await service.read(truth.user_id)
     await truth.complete()
-    assert (1, "request") == _seen(await service.read(truth.user_id, use_cache=False))
-    assert (1, "hit") == _seen(await service.read(truth.user_id))
+    assert (1, "request") == await _told(service, truth.user_id, use_cache=False)
+    assert (1, "hit") == await _told(service, truth.user_id)
     with pytest.raises(UserNotFoundError):
         await service.read(stranger(), use_cache=False)
 
@@ -180,7 +192,7 @@ async def test_use_cache_false_seizes_the_lease(service: ReputationService, data
     assert (0, "miss") == _seen(old.result())
     assert (1, "request") == _seen(new.result())
     assert (1, "request") == _seen(joined.result())
-    assert (1, "hit") == _seen(await service.read(truth.user_id))
+    assert (1, "hit") == await _told(service, truth.user_id)
 
 
 async def _never_joins_what_came_before(service: ReputationService, user_id: UserId) -> Answer:
@@ -243,6 +255,7 @@ async def test_an_old_entry_is_served_and_refreshed_once(kit: Kit, database: Dat
     refreshed = metric("goodstanding_loads_total", reason="refresh")
     async with open_service(kit.cache, database.service_url, clock=clock, uniform=every_read_is_due) as service:
         await service.read(truth.user_id)
+        await settled(service)
         await truth.complete()
         clock.ahead = timedelta(milliseconds=0.89 * LIVES.value)
         assert (0, "hit") == _seen(await service.read(truth.user_id))
@@ -256,7 +269,7 @@ async def test_an_old_entry_is_served_and_refreshed_once(kit: Kit, database: Dat
             assert (0, "hit") == _seen(await service.read(truth.user_id))
 
         async def is_fresh() -> bool:
-            return (1, "hit") == _seen(await service.read(truth.user_id))
+            return (1, "hit") == await _told(service, truth.user_id)
 
         await eventually(is_fresh)
         assert refreshed + 1 == metric("goodstanding_loads_total", reason="refresh")
@@ -278,6 +291,7 @@ async def test_the_moment_of_a_refresh_is_jittered(kit: Kit, database: Database)
             truth = await Truth.of(database)
             clock.ahead, drawn[0] = timedelta(), jitter
             await service.read(truth.user_id)
+            await settled(service)
             clock.ahead = timedelta(milliseconds=life * LIVES.value)
             await service.read(truth.user_id)
             if due:
@@ -297,6 +311,7 @@ async def test_one_process_of_the_fleet_refreshes(redis_url: str, database: Data
         open_service(two_cache, database.service_url, clock=clock, uniform=every_read_is_due) as two,
     ):
         await one.read(truth.user_id)
+        await settled(one)
         clock.ahead = timedelta(milliseconds=0.95 * LIVES.value)
         before = queries()
         async with loads_held(database) as waiting:
@@ -318,6 +333,7 @@ async def test_an_invalidation_beats_a_refresh_under_way(kit: Kit, database: Dat
     clock = MovingClock()
     async with open_service(kit.cache, database.service_url, clock=clock, uniform=every_read_is_due) as service:
         await service.read(truth.user_id)
+        await settled(service)
         clock.ahead = timedelta(milliseconds=0.95 * LIVES.value)
         async with asyncio.TaskGroup() as group, loads_held(database) as waiting:
             await service.read(truth.user_id)
@@ -327,7 +343,7 @@ async def test_an_invalidation_beats_a_refresh_under_way(kit: Kit, database: Dat
             after = group.create_task(service.read(truth.user_id))
             await waiting(2)
         assert (1, "miss") == _seen(after.result())
-        assert (1, "hit") == _seen(await service.read(truth.user_id))
+        assert (1, "hit") == await _told(service, truth.user_id)
 
 
 async def test_a_failed_refresh_leaves_the_entry(redis_url: str, database: Database) -> None:
@@ -342,7 +358,7 @@ async def test_a_failed_refresh_leaves_the_entry(redis_url: str, database: Datab
             before = metric("goodstanding_loads_total", reason="refresh")
 
             async def gave_up() -> bool:
-                assert (1, "hit") == _seen(await service.read(truth.user_id))
+                assert (1, "hit") == await _told(service, truth.user_id)
                 return 0 == metric("goodstanding_dependency_up", dependency="database")
 
             await eventually(gave_up)
@@ -352,7 +368,7 @@ async def test_a_failed_refresh_leaves_the_entry(redis_url: str, database: Datab
             async with admin(redis_url) as client:
                 await client.config_resetstat()
                 for _ in range(20):
-                    assert (1, "hit") == _seen(await service.read(truth.user_id))
+                    assert (1, "hit") == await _told(service, truth.user_id)
                 # With its circuit open not even a lease is asked for.
                 assert "cmdstat_eval" not in await client.info("commandstats")
                 assert tried == metric("goodstanding_loads_total", reason="refresh")
@@ -423,7 +439,7 @@ async def test_a_load_whose_callers_all_went_away_still_fills(service: Reputatio
         task.cancel()
 
     async def is_cached() -> bool:
-        return (1, "hit") == _seen(await service.read(truth.user_id))
+        return (1, "hit") == await _told(service, truth.user_id)
 
     await eventually(is_cached)
 
@@ -454,7 +470,7 @@ async def test_a_read_after_an_invalidation_does_not_join_the_load_before_it(
         await waiting(2)
     assert (0, "miss") == _seen(old.result())
     assert {(1, "miss")} == {_seen(task.result()) for task in new}
-    assert (1, "hit") == _seen(await service.read(truth.user_id))
+    assert (1, "hit") == await _told(service, truth.user_id)
     assert lost + 1 == metric("goodstanding_cache_fills_total", result="lost")
 
 
@@ -628,7 +644,7 @@ async def test_a_wait_for_a_holder_that_died_is_bounded(redis_url: str, database
     async with open_redis(redis_url) as cache, open_redis(redis_url) as elsewhere:
         await elsewhere.lease([truth.user_id], "dead")
         async with open_service(cache, database.service_url, cache_wait=0.1) as service:
-            assert (2, "miss") == _seen(await service.read(truth.user_id))
+            assert (2, "miss") == await _told(service, truth.user_id)
         assert [Fetched(None, "dead")] == await elsewhere.fetch([truth.user_id])
 
 
@@ -665,6 +681,7 @@ async def test_a_batch_is_one_round_trip_and_at_most_one_query(redis_url: str, d
 
         before = queries()
         cold = await service.read_many(users)
+        await settled(service)
         assert users == list(cold)
         assert (before + 1, 1) == (queries(), reads())
         assert {Source.MISS} == {answer.source for answer in cold.values()}
@@ -779,7 +796,7 @@ async def test_the_last_known_good_copy_stands_in_for_postgres(kit: Kit, databas
     async with open_service(kit.cache, database.service_url) as service:
         await service.read(truth.user_id)
     async with open_service(kit.cache, _DEAD_DATABASE, clock=clock) as service:
-        assert (4, "hit") == _seen(await service.read(truth.user_id))
+        assert (4, "hit") == await _told(service, truth.user_id)
         await kit.move_on(LIVES.value)
         clock.ahead = timedelta(seconds=400)
         served = metric("goodstanding_stale_served_total")
@@ -798,7 +815,7 @@ async def test_the_last_known_good_copy_stands_in_for_postgres(kit: Kit, databas
         with pytest.raises(TemporarilyUnavailableError):
             await service.read(truth.user_id)
     async with open_service(kit.cache, database.service_url) as service:
-        assert (4, "miss") == _seen(await service.read(truth.user_id))
+        assert (4, "miss") == await _told(service, truth.user_id)
 
 
 async def test_a_fresh_copy_that_stands_in_is_still_called_stale(kit: Kit, database: Database) -> None:
@@ -844,6 +861,7 @@ async def test_an_entry_from_the_end_of_time_is_answered(redis_url: str, databas
     truth = await Truth.of(database)
     async with open_redis(redis_url) as cache, open_service(cache, database.service_url) as service:
         await service.read(truth.user_id)
+        await settled(service)
         async with admin(redis_url) as client:
             end = datetime.max.replace(tzinfo=UTC)
             text = encode(entry(0, at=end), user_id=truth.user_id, policy=STANDARD.version)
@@ -873,6 +891,17 @@ async def _outcome(service: ReputationService, user_id: UserId) -> object:
         return await service.read(user_id)
     except TemporarilyUnavailableError as error:
         return error
+
+
+async def test_what_was_answered_is_stored_before_the_service_closes(kit: Kit, database: Database) -> None:
+    """A command that reads and ends leaves what it read in the cache."""
+    for _ in range(10):
+        truth = await Truth.of(database, 2)
+        async with open_service(kit.cache, database.service_url) as service:
+            await service.read(truth.user_id)
+        [found] = await kit.cache.fetch([truth.user_id])
+        assert found.entry is not None
+        assert found.lease is None
 
 
 async def test_check_asks_the_database_at_most_once_a_second(service: ReputationService) -> None:

@@ -145,6 +145,7 @@ class ReputationService:
         self._slots = asyncio.Semaphore(concurrent_loads)
         self._database = Breaker("database")
         self._flights: dict[UserId, _Flight] = {}
+        self._loads: dict[asyncio.Task[None], _Flight] = {}
         self._refreshing: set[UserId] = set()
         self._events = count()
         self._checked = -_CHECK_SECONDS
@@ -179,7 +180,10 @@ class ReputationService:
                 spawn=spawn,
             )
             spawn(watch(service._database, history.ping, every=_PROBE_SECONDS))
-            yield service
+            try:
+                yield service
+            finally:
+                await service._settle()
 
     async def check(self) -> tuple[str, ...]:
         """Name the dependencies that are away: of `database` and `cache`. Asks the database at most once a second."""
@@ -320,9 +324,19 @@ class ReputationService:
         flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before), newest=begin)
         self._flights.update(dict.fromkeys(user_ids, flight))
         task = self._spawn(self._fly(flight, foreign=foreign))
-        # A task that is cancelled before its first step runs nothing, not even its `finally`.
-        task.add_done_callback(lambda _: self._land(flight, TemporarilyUnavailableError()))
+        self._loads[task] = flight
+        task.add_done_callback(self._ended)
         return flight
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        # A task that is cancelled before its first step runs nothing, not even its `finally`.
+        self._land(self._loads.pop(task), TemporarilyUnavailableError())
+
+    async def _settle(self) -> None:
+        """Let the loads that were answered already store what they loaded."""
+        filling = [task for task, flight in self._loads.items() if flight.loaded.done()]
+        if filling:
+            await asyncio.wait(filling, timeout=self._load_deadline)
 
     async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
         """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
