@@ -312,6 +312,19 @@ async def test_a_demoted_master_is_left(tmp_path: Path) -> None:
         await eventually(lambda: cache.available)
 
 
+@pytest.mark.slow
+async def test_a_sentinel_that_hangs_is_passed_over(tmp_path: Path) -> None:
+    """The first of the named Sentinels may be gone without a word, as when its host lost power: the next is asked."""
+    # The system completes its connections, and nobody ever reads from them.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        async with _watched_pair(tmp_path) as (_, _, url):
+            two = url.replace("@127.0.0.1", f"@127.0.0.1:{port},127.0.0.1")
+            async with open_redis(two, deadline=0.2) as cache:
+                await eventually(lambda: cache.available)
+                assert [True] == await cache.lease([user(1)], "t1")
+
+
 def _role(server: Valkey) -> str:
     """Tell what a server says it is; a switch ends its connections."""
     with suppress(redis.ConnectionError), _plain(server) as client:

@@ -467,8 +467,10 @@ def connect(url: str, *, deadline: float) -> "Redis | RedisCluster":
         username, _, password = credentials.partition(":")
         service, _, database = parts.path.strip("/").partition("/")
         nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
+        # One that hangs leaves time to ask the next, and then the master.
+        brief = {"socket_timeout": deadline / 3, "socket_connect_timeout": deadline / 3}
         sentinel: Any = Sentinel(  # type: ignore[no-untyped-call] # redis-py leaves it untyped
-            [(node.hostname, node.port or 26379) for node in nodes], sentinel_kwargs=options
+            [(node.hostname, node.port or 26379) for node in nodes], sentinel_kwargs=options | brief
         )
         client: Redis = sentinel.master_for(
             service,
