@@ -207,7 +207,9 @@ async def test_the_checker_finds_planted_bugs(
             monkeypatch.setattr(
                 cache_module.RedisCache, "fill", lambda self, entries, _token: fill(self, entries, "same")
             )
-    race = await _race(database, caches, seed=seed, rounds=3000, until_stale=True)
+    # In one service all readers meet the same loads, which finds a wrong sharing of them sooner.
+    used = caches[:1] if bug == "joins any load" else caches
+    race = await _race(database, used, seed=seed, rounds=3000, until_stale=True)
     assert race.stale, f"not one stale read in {race.rounds} rounds, seed {seed}"
 
 
