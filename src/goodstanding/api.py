@@ -3,10 +3,10 @@
 import asyncio
 import json
 import re
-import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from random import getrandbits
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -19,7 +19,7 @@ from prometheus_client import Histogram
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Lifespan
+from starlette.types import Lifespan, Receive, Scope, Send
 
 from goodstanding.auth import NOBODY, Authenticator, Caller, KeySet, Role
 from goodstanding.data import AtFault, UserId, parse_session_id, parse_user_id
@@ -128,7 +128,7 @@ class ContractRoute(APIRoute):
             began = time.perf_counter()
             request_id = request.headers.get("x-request-id", "")
             if _REQUEST_ID.fullmatch(request_id) is None:
-                request_id = secrets.token_hex(16)
+                request_id = f"{getrandbits(128):032x}"  # told apart, not kept secret
             outside = structlog.contextvars.bind_contextvars(request_id=request_id)
             try:
                 response = await handle(request)
@@ -160,8 +160,19 @@ class ContractRoute(APIRoute):
 class OwnRoute(ContractRoute):
     """A route of an application of our own, which depends on nothing: the endpoint itself answers.
 
-    The endpoints of this module take the request and give the response, so there is nothing for FastAPI to work out.
+    The endpoints of this module take the request and give the response, and handle every error of theirs: so there is
+    nothing for FastAPI to work out, to clean up or to catch.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the framework's route takes
+        super().__init__(*args, **kwargs)
+        handle = self.get_route_handler()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await handle(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = app
 
     def _answering(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint
