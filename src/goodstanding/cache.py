@@ -7,11 +7,9 @@ value and lease together, so a load that began before an invalidation can never 
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from itertools import groupby, islice, repeat
-from operator import itemgetter
 from typing import Any, Final, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
@@ -25,9 +23,9 @@ from redis.maint_notifications import MaintNotificationsConfig
 from goodstanding.breaker import Breaker, watch
 from goodstanding.data import UserId
 from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
-from goodstanding.errors import TemporarilyUnavailableError
 from goodstanding.metrics import CACHE_REJECTED
-from goodstanding.tasks import background, check_cancelled
+from goodstanding.tasks import Spawn, background
+from goodstanding.wire import CacheAwayError, ClusterWire, Command, Wire, within
 
 PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5
@@ -44,12 +42,6 @@ _SCRIPTS: Final = files("goodstanding")
 _FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
 _RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
 _OURS: Final = re.compile(rb"reputation:user:[0-9a-f-]{36}|\{reputation:user:[0-9a-f-]{36}\}:(?:lease|good)")
-
-Command = tuple[str | bytes | int, ...]
-
-
-class CacheAwayError(TemporarilyUnavailableError):
-    """The cache cannot be asked now; the answer must come from elsewhere."""
 
 
 class Cache(Protocol):
@@ -115,15 +107,20 @@ class RedisCache:
     All commands that are issued in one loop tick travel as one round trip.
     """
 
-    def __init__(self, client: "Redis | RedisCluster", *, deadline: float, policy: str, lives: Lives) -> None:
+    def __init__(
+        self, client: "Redis | RedisCluster", spawn: Spawn, *, deadline: float, policy: str, lives: Lives
+    ) -> None:
         self._client = client
         self._deadline = deadline
         self._policy = policy
         self._lives = lives
         self._breaker = Breaker("redis")
-        self._pending: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
-        self._wake = asyncio.Event()
         self._closed = False
+        self._wire: Wire | ClusterWire
+        if isinstance(client, RedisCluster):
+            self._wire = ClusterWire(client, self._breaker, spawn, deadline=deadline)
+        else:
+            self._wire = Wire(client.connection_pool, self._breaker, spawn, deadline=deadline)
 
     @classmethod
     @asynccontextmanager
@@ -131,10 +128,8 @@ class RedisCache:
         """Open the cache; `deadline` in seconds. A Redis that is away now is only noted: it may come back."""
         client = connect(url, deadline=deadline)
         try:
-            cache = cls(client, deadline=deadline, policy=policy, lives=lives)
             async with background() as spawn:
-                for _ in range(_LANES):
-                    spawn(cache._lane())
+                cache = cls(client, spawn, deadline=deadline, policy=policy, lives=lives)
                 try:
                     await cache.probe()
                 except CacheAwayError:
@@ -143,7 +138,9 @@ class RedisCache:
                 try:
                     yield cache
                 finally:
-                    cache._close()
+                    # Whoever still asks, or asks later, is told that nobody answers any more.
+                    cache._closed = True
+                    cache._wire.close()
         finally:
             with suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(deadline * 4):
@@ -236,7 +233,7 @@ class RedisCache:
     async def probe(self) -> None:
         """Ask Redis to take a write: one that cannot be written cannot be invalidated, so it must not be read."""
         try:
-            async with _within(self._deadline):
+            async with within(self._deadline):
                 await self._client.initialize()
                 pipeline = self._client.pipeline(transaction=False)
                 for key in self._probe_keys():
@@ -305,130 +302,7 @@ class RedisCache:
             raise CacheAwayError
         if not commands:
             return []
-        replies: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._pending.append((commands, replies))
-        self._wake.set()
-        return await replies
-
-    def _close(self) -> None:
-        """Tell whoever still asks, or asks later, that nobody answers any more."""
-        self._closed = True
-        for _, future in self._pending:
-            _fail(future, None)
-
-    async def _lane(self) -> None:
-        """Carry what is pending to Redis, one round trip after another, until cancelled."""
-        while True:
-            check_cancelled()
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._pending = self._pending, []
-            batch = [(commands, future) for commands, future in batch if not future.done()]
-            if batch and self._breaker.closed:
-                await self._round_trip(batch)
-            else:
-                # The circuit opened while these waited for a lane: they need not find out for themselves.
-                for _, future in batch:
-                    _fail(future, None)
-
-    async def _round_trip(self, batch: Sequence[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]) -> None:
-        try:
-            async with _within(self._deadline):
-                replies = iter(await self._exchange([command for commands, _ in batch for command in commands]))
-        except asyncio.CancelledError as error:
-            for _, future in batch:
-                _fail(future, error)
-            raise
-        except Exception as error:  # noqa: BLE001 - a connection that dies under redis-py raises more than RedisError
-            self._breaker.failed()
-            for _, future in batch:
-                _fail(future, error)
-            return
-        self._breaker.succeeded()
-        for commands, future in batch:
-            mine = list(islice(replies, len(commands)))
-            refusal = next((reply for reply in mine if isinstance(reply, Exception)), None)
-            if refusal is not None:
-                # OOM, READONLY, MISCONF, NOAUTH ...: Redis answered, and said that it cannot do its part.
-                self._breaker.open()
-                _fail(future, refusal)
-            elif not future.done():
-                future.set_result(mine)
-
-    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands as one round trip; gives their replies, an exception where Redis refused one."""
-        if isinstance(self._client, RedisCluster):
-            pipeline = self._client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute(raise_on_error=False)
-        runs = [*_runs(commands)]
-        # What redis-py's own pipeline does, without what it does beside it, which costs as much as the round trip.
-        pool = self._client.connection_pool
-        connection = await pool.get_connection()  # type: ignore[no-untyped-call] # redis-py leaves it untyped
-        answers: list[Any] = []
-        try:
-            joined = [(run[0][0], *(word for command in run for word in command[1:])) for run in runs]
-            await connection.send_packed_command(connection.pack_commands(joined))
-            for _ in joined:
-                try:
-                    answers.append(await connection.read_response())
-                except ResponseError as error:
-                    answers.append(error)
-        except BaseException:
-            # Replies that nobody waited for must not be the next caller's.
-            await connection.disconnect(nowait=True)
-            raise
-        finally:
-            await pool.release(connection)
-        return [reply for run, answer in zip(runs, answers, strict=True) for reply in _shares(run, answer)]
-
-
-def _runs(commands: Sequence[Command]) -> Iterator[list[Command]]:
-    """Put neighbouring MGETs together to be sent as one: Redis and its client work per command more than per key."""
-    for name, group in groupby(commands, itemgetter(0)):
-        run = [*group]
-        step = _MOST_JOINED if name == "MGET" else 1
-        yield from (run[start : start + step] for start in range(0, len(run), step))
-
-
-def _shares(run: Sequence[Command], answer: Any) -> Iterator[Any]:  # noqa: ANN401 - any command's reply
-    """Give each command of a run its part of the answer; an error is everybody's."""
-    if len(run) == 1 or isinstance(answer, Exception):
-        return repeat(answer, len(run))
-    values = iter(answer)
-    return ([*islice(values, len(command) - 1)] for command in run)
-
-
-@asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
-    """Bound a wait as asyncio.timeout does, but in the event loop's own time: what the loop was late does not count.
-
-    A loop that is busy for longer than the deadline finds its timers due before it has read, or even sent, anything.
-    Under a plain timeout a burst of requests looks like a hung Redis, and the database gets the whole burst.
-    """
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(None) as timeout:
-        handle = loop.call_later(seconds / _TICKS, lambda: tick(_TICKS - 1))
-
-        def tick(left: int) -> None:
-            nonlocal handle
-            if left:
-                handle = loop.call_later(seconds / _TICKS, tick, left - 1)
-            else:
-                timeout.reschedule(loop.time())
-
-        try:
-            yield
-        finally:
-            handle.cancel()
-
-
-def _fail(future: "asyncio.Future[list[Any]]", cause: BaseException | None) -> None:
-    if not future.done():
-        away = CacheAwayError()
-        away.__cause__ = cause
-        future.set_exception(away)
+        return await self._wire.send(commands)
 
 
 async def _disconnect(client: "Redis | RedisCluster") -> None:
