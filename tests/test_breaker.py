@@ -88,18 +88,18 @@ async def test_a_good_probe_closes_an_open_circuit(breaker: Breaker) -> None:
 
 async def test_a_closed_circuit_is_probed_only_on_request(breaker: Breaker) -> None:
     """With `while_closed`, three bad probes in a row open what no request noticed; without, nobody probes."""
-    probes = 0
+    was_closed = []
 
     async def probe() -> None:
-        nonlocal probes
-        probes += 1
+        was_closed.append(breaker.closed)
         raise TemporarilyUnavailableError
 
     async with _watched(breaker, probe, while_closed=True):
-        await eventually(lambda: not breaker.closed)
-    assert FAILURES_TO_OPEN == probes
+        await eventually(lambda: len(was_closed) > FAILURES_TO_OPEN)
+    assert [*[True] * FAILURES_TO_OPEN, False] == was_closed[: FAILURES_TO_OPEN + 1]
     breaker.close()
-    probes, turns = 0, 0
+    was_closed.clear()
+    turns = 0
 
     def many_turns() -> bool:
         nonlocal turns
@@ -108,7 +108,7 @@ async def test_a_closed_circuit_is_probed_only_on_request(breaker: Breaker) -> N
 
     async with _watched(breaker, probe):
         await eventually(many_turns)
-    assert 0 == probes
+    assert [] == was_closed
     assert _is_closed(breaker)
 
 

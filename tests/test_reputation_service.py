@@ -452,6 +452,20 @@ async def test_a_hundred_cold_users_at_once_want_for_no_connection(kit: Kit, dat
     assert {(0, "miss")} == {_seen(answer) for answer in answers}
 
 
+async def test_whoever_waits_too_long_for_a_turn_is_told_to_come_back(kit: Kit, database: Database) -> None:
+    """While every connection is taken, a wait for one ends with the load deadline, and is no fault of PostgreSQL's."""
+    users = [await database.add_user() for _ in range(8)]
+    loop = asyncio.get_running_loop()
+    async with (
+        open_service(kit.cache, database.service_url, pool_size=1, load_deadline=0.3) as service,
+        loads_held(database),
+    ):
+        began = loop.time()
+        outcomes = await asyncio.gather(*(_outcome(service, who) for who in users))
+        assert all(isinstance(outcome, TemporarilyUnavailableError) for outcome in outcomes)
+        assert loop.time() - began < len(users) * 0.3
+
+
 # A read that begins after an invalidation never joins a load begun before it.
 
 
