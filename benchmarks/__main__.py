@@ -1,0 +1,89 @@
+"""Measures the documented figures in one run, prints a table and writes the raw numbers as JSON."""
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import describe, opened
+from benchmarks.figures import FULL, MEASUREMENTS, QUICK, Figure
+
+_RESULTS: Final = Path(__file__).parent / "results"
+_VERDICTS: Final = {True: "met", False: "MISSED", None: ""}
+
+
+def main() -> None:
+    """Run what the command line asks for; exits with 1 when a figure is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short rounds: shows that it works, not how fast it is")
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="leave out the rest"
+    )
+    parser.add_argument("--name", help="file of the raw results; by default made from the machine, none with --quick")
+    options = parser.parse_args()
+    effort = QUICK if options.quick else FULL
+    console = Console(width=None)
+    figures: list[Figure] = []
+    with console.status("starting PostgreSQL and Valkey") as status, opened() as env:
+        machine = describe(env.cores)
+        for number, name in enumerate(options.only, 1):
+            status.update(f"measuring {name} ({number} of {len(options.only)})")
+            figures += MEASUREMENTS[name](env, effort)
+    console.print(_table(figures))
+    name = options.name or (None if options.quick else _default_name(machine))
+    if name is not None:
+        _RESULTS.mkdir(exist_ok=True)
+        content = {"machine": machine, "effort": asdict(effort), "figures": [_summary(figure) for figure in figures]}
+        (_RESULTS / f"{name}.json").write_text(json.dumps(_rounded(content), indent=2) + "\n", "utf-8")
+    raise SystemExit(1 if any(figure.met is False for figure in figures) else 0)
+
+
+def _table(figures: list[Figure]) -> Table:
+    table = Table("figure", "target", "median", "lowest", "highest", "verdict", title="Goodstanding, measured")
+    for figure in figures:
+        unit = f" {figure.unit}" if figure.unit not in {"", "x"} else figure.unit
+        low, middle, high = (f"{each(figure.values):.2f}{unit}" for each in (min, statistics.median, max))
+        table.add_row(figure.name, figure.target, middle, low, high, _VERDICTS[figure.met])
+        if figure.note:
+            table.add_row(f"  {figure.note}")
+    return table
+
+
+def _summary(figure: Figure) -> dict[str, Any]:
+    return {
+        "name": figure.name,
+        "unit": figure.unit,
+        "target": figure.target,
+        "met": figure.met,
+        "median": statistics.median(figure.values),
+        "lowest": min(figure.values),
+        "highest": max(figure.values),
+        "values": list(figure.values),
+        "raw": figure.raw,
+    }
+
+
+def _default_name(machine: dict[str, Any]) -> str:
+    words = (machine["system"], machine["machine"], machine["cores"], "cores", *machine["python"].split()[1:])
+    return "-".join(str(word).lower() for word in words)
+
+
+def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    match value:
+        case float():
+            return float(f"{value:.4g}")
+        case dict():
+            return {str(name): _rounded(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_rounded(one) for one in value]
+        case _:
+            return value
+
+
+if __name__ == "__main__":
+    main()

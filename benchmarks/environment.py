@@ -1,0 +1,300 @@
+"""Where the measurements take place: real servers, sample data, and a core for each side.
+
+The first core belongs to whatever is measured, the second to everything else: PostgreSQL, Valkey, the load generator.
+"""
+
+import asyncio
+import hashlib
+import http.client
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from platform import machine, python_implementation, python_version, system
+from typing import Any, Final
+from uuid import UUID
+
+import asyncpg
+import jwt
+import psutil
+
+from benchmarks.load import Load, Result
+from goodstanding.embedded import Postgres, Server, Valkey
+from goodstanding.migrate import upgrade
+
+USERS: Final = 10_000
+HOST: Final = "127.0.0.1"
+_HERE: Final = Path(__file__).parent
+_HOST_SQL: Final = _HERE.parent / "src" / "goodstanding" / "host.sql"
+_PASSWORD: Final = secrets.token_urlsafe(16)
+_START_SECONDS: Final = 30.0
+_STOP_SECONDS: Final = 15.0
+_VERSIONS: Final = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "pyjwt")
+
+
+def user_id(number: int) -> str:
+    """Name a sample user."""
+    return str(UUID(hashlib.md5(f"user-{number}".encode(), usedforsecurity=False).hexdigest()))
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Which core measures and which does the rest; the same one where there is only one."""
+
+    measured: int
+    rest: int
+
+    @classmethod
+    def choose(cls) -> "Cores":
+        """Choose two of the cores that this process may use."""
+        if not hasattr(os, "sched_setaffinity"):
+            return cls(-1, -1)
+        usable = sorted(os.sched_getaffinity(0))
+        return cls(usable[0], usable[-1])
+
+    @property
+    def both(self) -> tuple[int, int]:
+        """Give the two."""
+        return (self.measured, self.rest)
+
+    @staticmethod
+    def pin(pid: int, *cores: int) -> None:
+        """Keep a process on these cores; a child that is started later stays there too."""
+        if min(cores) >= 0:
+            os.sched_setaffinity(pid, cores)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A server process under measurement."""
+
+    port: int
+    process: "subprocess.Popen[bytes]"
+
+    def cpu_seconds(self) -> float:
+        """Tell how much processor time it has used."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Ask it once, on a connection of its own."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Running servers, and the settings of everything that is started against them."""
+
+    postgres: Postgres
+    valkey: Valkey
+    cores: Cores
+    settings: Mapping[str, str]
+
+    @contextmanager
+    def goodstanding(self, *, pinned: bool = True) -> Iterator[Serving]:
+        """Run `goodstanding serve` as a user does, in one process, by default on the measured core alone."""
+        port = _free_port()
+        command = [str(Path(sys.executable).with_name("goodstanding")), "serve", "--host", HOST, "--port", str(port)]
+        with self._serving(command, port, pinned=pinned) as serving:
+            yield serving
+
+    @contextmanager
+    def application(self, name: str, *, factory: bool) -> Iterator[Serving]:
+        """Run an application of plain.py on the same server with the same options."""
+        port = _free_port()
+        command = [
+            *(sys.executable, "-m", "uvicorn", f"benchmarks.plain:{name}", "--host", HOST, "--port", str(port)),
+            *("--no-access-log", "--no-server-header", "--no-proxy-headers", "--log-level", "warning"),
+            *(("--factory",) if factory else ()),
+        ]
+        with self._serving(command, port) as serving:
+            yield serving
+
+    @contextmanager
+    def _serving(self, command: Sequence[str], port: int, *, pinned: bool = True) -> Iterator[Serving]:
+        environment = {**_inherited(), **self.settings}
+        process = subprocess.Popen(command, env=environment, cwd=_HERE.parent)
+        self.cores.pin(process.pid, *((self.cores.measured,) if pinned else self.cores.both))
+        serving = Serving(port, process)
+        try:
+            _wait_for(serving)
+            yield serving
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(_STOP_SECONDS)
+
+    def load(self, load: Load) -> Result:
+        """Run a load in a process of its own and wait for its result."""
+        with self.loading(load) as process:
+            return finish(process)
+
+    @contextmanager
+    def loading(self, load: Load) -> Iterator["subprocess.Popen[bytes]"]:
+        """Run a load beside the caller; `finish` waits for its result."""
+        command = [sys.executable, "-m", "benchmarks.load"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_inherited(), cwd=_HERE.parent
+        ) as process:
+            if process.stdin is None:
+                raise RuntimeError
+            process.stdin.write(json.dumps(asdict(load)).encode())
+            process.stdin.close()
+            process.stdin = None
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+    def in_process(self, *words: str) -> dict[str, Any]:
+        """Run a measurement of in_process.py on the measured core."""
+        command = [sys.executable, "-m", "benchmarks.in_process", *words]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, env={**_inherited(), **self.settings}, cwd=_HERE.parent
+        )
+        self.cores.pin(process.pid, self.cores.measured)
+        output, _ = process.communicate(timeout=300)
+        if process.returncode != 0:
+            message = f"{' '.join(words)} failed"
+            raise RuntimeError(message)
+        result: dict[str, Any] = json.loads(output)
+        return result
+
+    def token(self, subject: str) -> str:
+        """Sign a token as Supabase does."""
+        expires = datetime.now(UTC) + timedelta(hours=2)  # noqa: TID251 - the edge of a script
+        claims = {
+            "sub": subject,
+            "aud": "authenticated",
+            "role": "authenticated",
+            "email": "someone@example.com",
+            "exp": int(expires.timestamp()),
+        }
+        return jwt.encode(claims, self.settings["GOODSTANDING_JWT_SECRET"], algorithm="HS256")
+
+
+def finish(process: "subprocess.Popen[bytes]") -> Result:
+    """Wait for a load that was started with `loading`."""
+    output, _ = process.communicate(timeout=120)
+    if process.returncode != 0:
+        message = "the load generator failed"
+        raise RuntimeError(message)
+    return Result(**json.loads(output))
+
+
+@contextmanager
+def opened() -> Iterator[Environment]:
+    """Start everything, and end it."""
+    cores = Cores.choose()
+    Cores.pin(0, cores.rest)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="goodstanding-benchmarks-")))
+        postgres = Postgres(folder / "postgres", durable=False)
+        valkey = Valkey(folder / "valkey")
+        for server in (postgres, valkey):
+            _started(stack, server)
+        settings = {
+            "GOODSTANDING_DATABASE_URL": asyncio.run(_sample(postgres)),
+            "GOODSTANDING_REDIS_URL": valkey.url(),
+            "GOODSTANDING_JWT_SECRET": secrets.token_urlsafe(32),
+            "GOODSTANDING_METRICS_PUBLIC": "true",
+            # The same work as at any other limit; the benchmark's few callers just ask more than people do.
+            "GOODSTANDING_READ_LIMIT_PER_MINUTE": "1000000",
+            "GOODSTANDING_LOG_FORMAT": "json",
+            "GOODSTANDING_LOG_LEVEL": "error",
+        }
+        yield Environment(postgres, valkey, cores, settings)
+
+
+def describe(cores: Cores) -> dict[str, Any]:
+    """Tell what a reader must know of the machine to compare; no names, no paths."""
+    return {
+        "system": system(),
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "pinned": cores.measured >= 0 and cores.measured != cores.rest,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": f"{python_implementation()} {python_version()}",
+        "versions": {name: version(name) for name in _VERSIONS},
+    }
+
+
+def _started(stack: ExitStack, server: Server) -> None:
+    stack.enter_context(server)
+
+
+async def _sample(postgres: Postgres) -> str:
+    """Make the host's tables with sample data and our schema; gives the URL of the service's login."""
+    admin = await asyncpg.connect(postgres.url())
+    for statement in (
+        await admin.fetchval(
+            "select format('create role host_owner login createrole password %L', $1::text)", _PASSWORD
+        ),
+        await admin.fetchval("select format('create role app_login login password %L', $1::text)", _PASSWORD),
+        "create database app owner host_owner",
+    ):
+        await admin.execute(statement)
+    await admin.close()
+    admin = await asyncpg.connect(postgres.url("app"))
+    await admin.execute(_HOST_SQL.read_text("utf-8"))
+    await admin.close()
+    owner_url = postgres.url("app", user="host_owner", password=_PASSWORD)
+    await upgrade(owner_url)
+    owner = await asyncpg.connect(owner_url)
+    # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
+    for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
+        await owner.execute(statement)
+    await owner.execute("grant goodstanding_service to app_login")
+    await owner.close()
+    return postgres.url("app", user="app_login", password=_PASSWORD)
+
+
+def _inherited() -> dict[str, str]:
+    """Give the environment without settings of the service that the caller may have."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GOODSTANDING_") and name not in {"DATABASE_URL", "REDIS_URL", "SUPABASE_JWT_SECRET"}
+    }
+
+
+def _free_port() -> int:
+    import socket  # noqa: PLC0415 - for this alone
+
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_for(serving: Serving) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            serving.get("/")
+        except OSError:
+            if serving.process.poll() is not None or time.monotonic() > deadline:
+                message = "a server under measurement did not start"
+                raise RuntimeError(message) from None
+            time.sleep(0.05)
+        else:
+            return

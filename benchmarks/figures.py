@@ -1,0 +1,339 @@
+"""The figures: each one a function from the environment to a ratio (or a worst case) and its verdict."""
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Any, Final
+
+import redis
+
+from benchmarks.environment import USERS, Environment, Serving, finish, user_id
+from benchmarks.load import Load, Result
+
+CONNECTIONS: Final = 64
+HOT_USERS: Final = 100
+_SLICES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long and how often is measured."""
+
+    rounds: int
+    seconds: float
+    reads: int
+    keys: int
+
+
+FULL: Final = Effort(rounds=7, seconds=4.0, reads=300, keys=20)
+QUICK: Final = Effort(rounds=5, seconds=1.0, reads=60, keys=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the table; `values` holds one number per round. Without a target it is only for information."""
+
+    name: str
+    values: Sequence[float]
+    unit: str = "x"
+    target: str = ""
+    met: bool | None = None
+    note: str = ""
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Round:
+    """What one server did in one round."""
+
+    requests: int = 0
+    hits: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0
+    busy: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+
+    def add(self, result: Result, cpu: float) -> None:
+        _only(result, "200")
+        self.requests += len(result.latencies)
+        self.hits += result.sources.get("hit", 0)
+        self.seconds += result.seconds
+        self.cpu += cpu
+        self.busy = max(self.busy, result.busy)
+        self.latencies += result.latencies
+
+
+Measurement = Callable[[Environment, Effort], list[Figure]]
+
+
+def cached_read(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare hits over HTTP with the plain way and with the bare server, one after the other in each round."""
+    with ExitStack() as stack:
+        servers = {
+            "goodstanding": stack.enter_context(env.goodstanding()),
+            "plain": stack.enter_context(env.application("create_app", factory=True)),
+            "raw": stack.enter_context(env.application("raw", factory=False)),
+        }
+        hot = [user_id(number) for number in range(HOT_USERS)]
+        tokens = [env.token(user) for user in hot[:CONNECTIONS]]
+        requests = [
+            _get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)
+        ]
+        env.load(Load("closed", [servers["goodstanding"].port], requests, CONNECTIONS, seconds=1.0))
+        measured: dict[str, list[_Round]] = {name: [] for name in servers}
+        for number in range(-1, effort.rounds):
+            rounds = {name: _Round() for name in servers}
+            # In slices, so that whatever else the machine does meets all of them.
+            for _ in range(_SLICES):
+                for name, server in servers.items():
+                    cpu = server.cpu_seconds()
+                    result = env.load(
+                        Load("closed", [server.port], requests, CONNECTIONS, seconds=effort.seconds / _SLICES)
+                    )
+                    rounds[name].add(result, server.cpu_seconds() - cpu)
+            if number >= 0:
+                for name, one in rounds.items():
+                    measured[name].append(one)
+    if any(one.hits < one.requests for one in measured["goodstanding"]):
+        message = "a cached read that was no hit"
+        raise RuntimeError(message)
+    rates = {name: [one.requests / one.seconds for one in rounds] for name, rounds in measured.items()}
+    costs = {name: [one.cpu / one.requests * 1_000_000 for one in rounds] for name, rounds in measured.items()}
+    raw = {
+        "requests_per_second": rates,
+        "server_microseconds_per_request": costs,
+        "p99_milliseconds": {
+            name: [statistics.quantiles(one.latencies, n=100)[98] for one in rounds]
+            for name, rounds in measured.items()
+        },
+        "generator_busy_at_most": max(one.busy for rounds in measured.values() for one in rounds),
+    }
+    ratio = _ratios(rates["goodstanding"], rates["plain"])
+    return [
+        Figure(
+            "cached read / the plain way, requests per second",
+            ratio,
+            target=">= 2",
+            met=statistics.median(ratio) >= 2,
+            raw=raw,
+        ),
+        Figure("the same, in processor time of the server", _ratios(costs["plain"], costs["goodstanding"])),
+        Figure("cached read / raw ASGI, requests per second", _ratios(rates["goodstanding"], rates["raw"])),
+    ]
+
+
+def cold_read(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare a read that no cache can answer with the one statement that it needs."""
+    medians = env.in_process("cold", str(effort.rounds), str(effort.reads))
+    over_http = []
+    with env.goodstanding() as server:
+        token = env.token(user_id(0))
+        for number in range(-1, effort.rounds):
+            _flush(env)
+            requests = [_get(user_id(each), token) for each in range(effort.reads)]
+            result = env.load(Load("closed", [server.port], requests, 1, seconds=60, once=True))
+            _only(result, "200")
+            if number >= 0:
+                if result.sources != {"fwd=miss": effort.reads}:
+                    message = f"a cold read that is no miss: {result.sources}"
+                    raise RuntimeError(message)
+                over_http.append(statistics.median(result.latencies))
+    raw = {"median_milliseconds": {**medians, "cold_over_http": over_http}}
+    ratio = _ratios(medians["cold"], medians["statement"])
+    return [
+        Figure(
+            "cold read / bare SQL round trip, in process",
+            ratio,
+            target="<= 3",
+            met=statistics.median(ratio) <= 3,
+            raw=raw,
+        ),
+        Figure("cold read over HTTP / bare SQL round trip", _ratios(over_http, medians["statement"])),
+        Figure("bare SQL round trip / select 1", _ratios(medians["statement"], medians["select_1"])),
+    ]
+
+
+def hung_redis(env: Environment, effort: Effort) -> list[Figure]:
+    """Hang Redis under a steady load and look at the worst answer."""
+    rate = 200.0
+    worst: list[float] = []
+    before_opening: list[float] = []
+    after_opening: list[float] = []
+    opening: list[float] = []
+    recovery: list[float] = []
+    with env.goodstanding() as server:
+        token = env.token(user_id(0))
+        requests = [_get(user_id(number), token) for number in range(HOT_USERS)]
+        seconds = 6.0
+        for _ in range(effort.rounds):
+            with env.loading(Load("open", [server.port], requests, CONNECTIONS, seconds=seconds, rate=rate)) as process:
+                time.sleep(1.5)
+                hung = time.monotonic()
+                env.valkey.pause()
+                try:
+                    _until_ready(server, '"degraded":["cache"]')
+                    opened = time.monotonic()
+                    time.sleep(max(0.0, hung + 2.0 - opened))
+                finally:
+                    env.valkey.resume()
+                resumed = time.monotonic()
+                _until_ready(server, '"degraded":[]')
+                recovered = time.monotonic()
+                result = finish(process)
+            _only(result, "200")
+            asked = list(zip(result.due, result.latencies, strict=True))
+            worst.append(max(latency for due, latency in asked if hung - 0.3 <= due))
+            early = [latency for due, latency in asked if hung <= due < opened]
+            before_opening.append(statistics.median(early) if early else 0.0)
+            after_opening.append(statistics.median([latency for due, latency in asked if opened <= due < resumed]))
+            opening.append((opened - hung) * 1000)
+            recovery.append(recovered - resumed)
+    raw = {
+        "requests_per_second": rate,
+        "worst_milliseconds": worst,
+        "p50_milliseconds_before_the_breaker_opened": before_opening,
+        "p50_milliseconds_after_the_breaker_opened": after_opening,
+        "breaker_opened_after_milliseconds": opening,
+        "recovered_after_seconds": recovery,
+    }
+    return [
+        Figure("worst answer with Redis hung", worst, "ms", target="<= 300", met=max(worst) <= 300, raw=raw),
+        Figure("p50 while the circuit was still closed", before_opening, "ms"),
+        Figure("p50 once it was open", after_opening, "ms"),
+        Figure("Redis in use again after", recovery, "s", target="<= 2", met=max(recovery) <= 2),
+    ]
+
+
+def one_load(env: Environment, effort: Effort) -> list[Figure]:
+    """Ask four processes 400 times at once for one user whom no cache knows, and count the loads.
+
+    The processes share all cores with everything else, as a small fleet would.
+    """
+    with ExitStack() as stack:
+        fleet = [stack.enter_context(env.goodstanding(pinned=False)) for _ in range(4)]
+        token = env.token(user_id(0))
+        ports = [server.port for server in fleet]
+        env.load(Load("burst", ports, [_get(user_id(number), token) for number in range(400)], 400))
+        loads = []
+        slowest = []
+        for number in range(effort.keys):
+            _flush(env)
+            before = sum(_loads(server) for server in fleet)
+            result = env.load(Load("burst", ports, [_get(user_id(USERS - 1 - number), token)], 400))
+            _only(result, "200")
+            loads.append(sum(_loads(server) for server in fleet) - before)
+            slowest.append(max(result.latencies))
+    raw = {"loads_per_key": dict(sorted(Counter(loads).items())), "slowest_answer_milliseconds": slowest}
+    return [
+        Figure(
+            "loads per cold key, 4 processes, 400 requests at once",
+            loads,
+            "",
+            target="1",
+            met=statistics.median(loads) == 1,
+            note=", ".join(f"{keys} keys: {number:g}" for number, keys in sorted(Counter(loads).items())),
+            raw=raw,
+        )
+    ]
+
+
+def batch(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare users per second of full batches with those of single reads, all cached."""
+    hot = [user_id(number) for number in range(HOT_USERS)]
+    token = env.token(hot[0])
+    singles = [_get(user, token) for user in hot]
+    batches = [_post("/api/user/reputation/batch", json.dumps({"user_ids": hot}), token)]
+    users: dict[str, list[float]] = {"single": [], "batch": []}
+    with env.goodstanding() as server:
+        for number in range(-1, effort.rounds):
+            for name, requests, each in (("single", singles, 1), ("batch", batches, HOT_USERS)):
+                result = env.load(Load("closed", [server.port], requests, 8, seconds=effort.seconds / 2))
+                _only(result, "200")
+                if number >= 0:
+                    users[name].append(result.rate * each)
+    return [
+        Figure(
+            "batch of 100 / 100 single reads, users per second",
+            _ratios(users["batch"], users["single"]),
+            raw={"users_per_second": users},
+        )
+    ]
+
+
+def token_check(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare a token that was seen before with a new one."""
+    tokens = [env.token(user_id(number)) for number in range(effort.reads)]
+    medians = env.in_process("token", str(effort.rounds), *tokens)
+    return [
+        Figure(
+            "known token / new token, tokens per second",
+            _ratios(medians["new"], medians["known"]),
+            raw={"median_microseconds": medians},
+        )
+    ]
+
+
+MEASUREMENTS: Final[dict[str, Measurement]] = {
+    "cached": cached_read,
+    "cold": cold_read,
+    "hung": hung_redis,
+    "fleet": one_load,
+    "batch": batch,
+    "token": token_check,
+}
+
+
+def _get(user: str, token: str) -> str:
+    return (
+        f"GET /api/user/reputation/{user} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
+        "Accept: application/json\r\n\r\n"
+    )
+
+
+def _post(path: str, body: str, token: str) -> str:
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    )
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(above, below, strict=True)]
+
+
+def _p99(latencies: Sequence[float]) -> float:
+    return statistics.quantiles(latencies, n=100)[98]
+
+
+def _only(result: Result, status: str) -> None:
+    if set(result.statuses) != {status}:
+        message = f"answers other than {status}: {result.statuses}"
+        raise RuntimeError(message)
+
+
+def _flush(env: Environment) -> None:
+    with redis.Redis.from_url(env.settings["GOODSTANDING_REDIS_URL"]) as client:
+        client.flushall()
+
+
+def _until_ready(server: Serving, expected: str) -> None:
+    deadline = time.monotonic() + 10
+    while expected.encode() not in server.get("/health/ready")[1]:
+        if time.monotonic() > deadline:
+            message = f"/health/ready never said {expected}"
+            raise RuntimeError(message)
+        time.sleep(0.005)
+
+
+def _loads(server: Serving) -> float:
+    _, text = server.get("/metrics")
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in text.decode().splitlines()
+        if line.startswith("goodstanding_loads_total")
+    )
