@@ -48,7 +48,7 @@ async def main():
     async with open_redis(redis_url) as cache, open_service(cache, database_url) as service:
         await service.check()
         print("ready", flush=True)
-        for line in sys.stdin:
+        while line := await asyncio.to_thread(sys.stdin.readline):
             before = metric("goodstanding_loads_total", reason="miss")
             user = UserId(line.strip())
             answers = await asyncio.gather(*(service.read(user) for _ in range(reads)))
