@@ -12,9 +12,10 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 
 from goodstanding import cache as cache_module
-from goodstanding.cache import CacheAwayError, RedisCache, connect, last_good_key, lease_key, value_key
+from goodstanding.cache import RedisCache, connect, last_good_key, lease_key, value_key
 from goodstanding.data import UserId, parse_user_id
 from goodstanding.entry import Entry, Fetched, Lives, encode
+from goodstanding.errors import CacheAwayError
 from goodstanding.policy import LEGACY, STANDARD
 from tests.parts import (
     LIVES,

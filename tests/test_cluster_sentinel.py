@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from goodstanding.cache import CacheAwayError, RedisCache, lease_key, value_key
+from goodstanding.cache import RedisCache, lease_key, value_key
 from goodstanding.embedded import Valkey
 from goodstanding.entry import Fetched
+from goodstanding.errors import CacheAwayError
 from goodstanding.reputation_service import Source
 from tests.conftest import Database
 from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, settled, user

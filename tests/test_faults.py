@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from goodstanding.cache import CacheAwayError, RedisCache, value_key
+from goodstanding.cache import RedisCache, value_key
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.entry import Lives
-from goodstanding.errors import TemporarilyUnavailableError
+from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
 from goodstanding.reputation_service import ReputationService, Source
 from tests.conftest import Database, connect, fresh_database
 from tests.parts import (

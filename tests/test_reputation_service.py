@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import pytest_asyncio
 
-from goodstanding.cache import CacheAwayError, RedisCache, last_good_key, lease_key, value_key
+from goodstanding.cache import RedisCache, last_good_key, lease_key, value_key
 from goodstanding.data import AtFault, BadgeColor, SessionId, UserId
 from goodstanding.embedded import Postgres
 from goodstanding.entry import Entry, Fetched, Lives, encode
-from goodstanding.errors import SessionNotFoundError, TemporarilyUnavailableError, UserNotFoundError
+from goodstanding.errors import CacheAwayError, SessionNotFoundError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.policy import LEGACY, STANDARD
 from goodstanding.reputation_service import Answer, LoadReason, ReputationService, Source, _Flight
 from tests.conftest import Database, fresh_database

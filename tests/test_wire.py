@@ -9,8 +9,9 @@ import redis.asyncio
 
 from goodstanding.breaker import Breaker
 from goodstanding.cache import connect
+from goodstanding.errors import CacheAwayError
 from goodstanding.tasks import background
-from goodstanding.wire import CacheAwayError, Wire, within
+from goodstanding.wire import Wire, within
 from tests.parts import eventually
 
 _DEADLINE = 2.0

@@ -23,9 +23,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 from goodstanding.breaker import Breaker, watch
 from goodstanding.data import UserId
 from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
+from goodstanding.errors import CacheAwayError
 from goodstanding.metrics import CACHE_REJECTED
 from goodstanding.tasks import Spawn, background
-from goodstanding.wire import CacheAwayError, ClusterWire, Command, Wire, within
+from goodstanding.wire import ClusterWire, Command, Wire, within
 
 PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5

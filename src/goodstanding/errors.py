@@ -128,6 +128,10 @@ class TemporarilyUnavailableError(GoodstandingError):
         super().__init__(detail, retry_after=retry_after)
 
 
+class CacheAwayError(TemporarilyUnavailableError):
+    """The cache cannot be asked now; the answer must come from elsewhere."""
+
+
 class ConfigurationError(GoodstandingError):
     """A setting, an option or an installation is wrong; the detail names it in one line."""
 

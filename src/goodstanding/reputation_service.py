@@ -13,11 +13,11 @@ from typing import Final, Self
 import structlog
 
 from goodstanding.breaker import Breaker, watch
-from goodstanding.cache import Cache, CacheAwayError
+from goodstanding.cache import Cache
 from goodstanding.calculator import ReputationCalculator
 from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
 from goodstanding.entry import Entry, Lives
-from goodstanding.errors import TemporarilyUnavailableError, UserNotFoundError
+from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.history import SessionHistory
 from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, STALE_SERVED
 from goodstanding.policy import ReputationPolicy

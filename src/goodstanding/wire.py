@@ -17,17 +17,13 @@ import hiredis
 from redis.asyncio import ConnectionPool, RedisCluster
 
 from goodstanding.breaker import Breaker
-from goodstanding.errors import TemporarilyUnavailableError
+from goodstanding.errors import CacheAwayError
 from goodstanding.tasks import Spawn, check_cancelled
 
 Command = tuple[str | bytes | int, ...]
 _LANES: Final = 2
 _MOST_JOINED: Final = 100
 _TICKS: Final = 10
-
-
-class CacheAwayError(TemporarilyUnavailableError):
-    """The cache cannot be asked now; the answer must come from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
