@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -907,13 +907,22 @@ async def _outcome(service: ReputationService, user_id: UserId) -> object:
         return error
 
 
-async def test_what_was_answered_is_stored_before_the_service_closes(kit: Kit, database: Database) -> None:
+class _TardyCache(RedisCache):
+    """A Redis cache whose fills take a while to be sent."""
+
+    async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
+        """Fill a little later."""
+        await asyncio.sleep(0.05)
+        return await super().fill(entries, token)
+
+
+async def test_what_was_answered_is_stored_before_the_service_closes(redis_url: str, database: Database) -> None:
     """A command that reads and ends leaves what it read in the cache."""
-    for _ in range(10):
-        truth = await Truth.of(database, 2)
-        async with open_service(kit.cache, database.service_url) as service:
+    truth = await Truth.of(database, 2)
+    async with _TardyCache.open(redis_url, deadline=PATIENT, policy=STANDARD.version, lives=LIVES) as cache:
+        async with open_service(cache, database.service_url) as service:
             await service.read(truth.user_id)
-        [found] = await kit.cache.fetch([truth.user_id])
+        [found] = await cache.fetch([truth.user_id])
         assert found.entry is not None
         assert found.lease is None
 
