@@ -122,7 +122,8 @@ class SessionHistory:
                     return await connection.fetch(QUERIES[name], *values)
         except (asyncpg.DataError, asyncpg.CheckViolationError):
             raise InvalidInputError from None
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, RuntimeError) as error:
+            # uvloop tells of a connection that was closed meanwhile by a RuntimeError.
             QUERY_ERRORS.labels(name).inc()
             raise TemporarilyUnavailableError from error
 

@@ -480,7 +480,7 @@ class ReputationService:
         if entry.data is None:
             return False
         age = (self._clock() - entry.computed_at) / timedelta(milliseconds=self._lives.value)
-        return age >= _REFRESH_AT + self._random(-_REFRESH_JITTER, _REFRESH_JITTER)
+        return age >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
 
     def _answer(self, entry: Entry, source: Source) -> Answer:
         life = timedelta(milliseconds=self._lives.unknown if entry.data is None else self._lives.value)

@@ -141,7 +141,10 @@ class Wire(asyncio.Protocol):
         transport = self._writer.transport
         transport.set_protocol(self)
         self._transport = transport
-        self._flush()
+        if self._closed:
+            self._drop(None)
+        else:
+            self._flush()
 
     def _tick(self) -> None:
         """Let a tenth of the deadline pass for every trip, in the loop's own time.
