@@ -1,5 +1,6 @@
 """The wiring: settings -> cache, history, service, routes -> an application. Nothing else builds these together."""
 
+import gc
 import random
 import sys
 from collections.abc import AsyncIterator
@@ -186,7 +187,11 @@ def create_served_app() -> FastAPI:
     settings = load_settings()
     logs.configure(settings)
     forget_ended_processes()
-    return create_app(settings)
+    app = create_app(settings)
+    # What the start made lives as long as the process: the collector need not go through it again and again.
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute may be anything
