@@ -10,7 +10,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import describe, opened
+from benchmarks.environment import Cores, describe, opened
 from benchmarks.figures import FULL, MEASUREMENTS, QUICK, Figure
 
 _RESULTS: Final = Path(__file__).parent / "results"
@@ -29,12 +29,13 @@ def main() -> None:
     effort = QUICK if options.quick else FULL
     console = Console(width=None)
     figures: list[Figure] = []
+    machine = describe(Cores.choose())
     with console.status("starting PostgreSQL and Valkey") as status, opened() as env:
-        machine = describe(env.cores)
         for number, name in enumerate(options.only, 1):
             status.update(f"measuring {name} ({number} of {len(options.only)})")
             figures += MEASUREMENTS[name](env, effort)
     console.print(_table(figures))
+    console.print(f"Before the run the machine was {machine['busy_percent_before']:.0f} % busy with other work.")
     name = options.name or (None if options.quick else _default_name(machine))
     if name is not None:
         _RESULTS.mkdir(exist_ok=True)

@@ -234,6 +234,8 @@ def describe(cores: Cores) -> dict[str, Any]:
         "pinned": cores.measured >= 0 and cores.measured != cores.rest,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": f"{python_implementation()} {python_version()}",
+        # A machine that does other work measures that, too.
+        "busy_percent_before": psutil.cpu_percent(interval=2),
         "versions": {name: version(name) for name in _VERSIONS},
     }
 
