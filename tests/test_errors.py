@@ -22,6 +22,7 @@ CONTRACT: Final = {
     "InvalidSessionIdError": (422, "invalid_session_id"),
     "RateLimitedError": (429, "rate_limited"),
     "TemporarilyUnavailableError": (503, "temporarily_unavailable"),
+    "CacheAwayError": (503, "temporarily_unavailable"),
     "ConfigurationError": (500, "configuration"),
 }
 ERRORS: Final = [
