@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
 
 MOST_IDS: Final = 100
+# The last two are how asyncpg and uvloop tell of a connection that the server ended between two of their lines.
+_OUTAGES: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+    asyncpg.InternalClientError,
+    RuntimeError,
+)
 _MOST_ACTIVE_SECONDS: Final = 60.0
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
@@ -122,8 +130,7 @@ class SessionHistory:
                     return await connection.fetch(QUERIES[name], *values)
         except (asyncpg.DataError, asyncpg.CheckViolationError):
             raise InvalidInputError from None
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, RuntimeError) as error:
-            # uvloop tells of a connection that was closed meanwhile by a RuntimeError.
+        except _OUTAGES as error:
             QUERY_ERRORS.labels(name).inc()
             raise TemporarilyUnavailableError from error
 
@@ -142,7 +149,7 @@ class SessionHistory:
         await self._pool.release(connection)
 
     async def _give_up(self, connection: "_Lent") -> None:
-        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        with suppress(*_OUTAGES):
             await self._pool.release(connection, timeout=self._deadline)
 
 
