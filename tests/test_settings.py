@@ -60,7 +60,6 @@ def test_nothing_needs_to_be_set() -> None:
     [
         ("environment", "development", "development"),
         ("database_url", "postgres://db.example/app", "postgres://db.example/app"),
-        ("database_url", "postgres://db.example/app", "postgres://db.example/app"),
         ("redis_url", "rediss+sentinel://a:1,b:2/main/0", "rediss+sentinel://a:1,b:2/main/0"),
         ("redis_url", "redis+cluster://a:1", "redis+cluster://a:1"),
         ("jwks_url", "https://project.example/jwks.json", "https://project.example/jwks.json"),
