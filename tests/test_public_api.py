@@ -34,6 +34,8 @@ def test_the_public_names() -> None:
         "Settings",
         "create_app",
         "load_settings",
+        "open_service",
+        "parse_user_id",
         "router",
     ]
     assert expected == goodstanding.__all__
