@@ -168,8 +168,8 @@ async def test_without_a_session_every_message_stands_alone(database: Database) 
         before = len(requests)
         await history.counts([me], STANDARD)
         described, executed = requests[before:]
-    assert b"reputation.counts" in described
-    assert b"reputation.counts" in executed
+    assert b"reputation.read_counts" in described
+    assert b"reputation.read_counts" in executed
     assert b"P" == executed[:1]
     assert b"__asyncpg" not in described + executed
 

@@ -4,24 +4,25 @@ Every step is plain SQL beside this module; `plan` gives exactly what `upgrade` 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import asyncpg
 
-from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
+from goodstanding import tallies
+from goodstanding.errors import ConfigurationError, GoodstandingError
 from goodstanding.history import named_queries
+from goodstanding.owner import Report, connected, silent
+from goodstanding.policy import STANDARD, ReputationPolicy
 
 if TYPE_CHECKING:
-    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+    from goodstanding.owner import Connection
 
-Report = Callable[[str], None]
-"""Receives one line per step, for people."""
-
-_CONNECT_SECONDS: Final = 10.0
+_LOCK_SECONDS: Final = 60.0
+_LOCK_PAUSE_SECONDS: Final = 0.2
 _PROGRESS_SECONDS: Final = 0.5
 _INDEX_SECONDS: Final = 24 * 3600.0
 _FOLDER: Final = files("goodstanding") / "migrations"
@@ -49,10 +50,24 @@ MIGRATIONS: Final = _migrations()
 COVERING_INDEXES: Final = named_queries(_read("covering_indexes.sql"))
 _COVERING_INDEXES_DOWN: Final = named_queries(_read("covering_indexes_down.sql"))
 _PROLOGUE: Final = _read("prologue.sql")
+_TRIGGERS: Final = _read("triggers.sql")
+_TRIGGERS_DOWN: Final = _read("triggers_down.sql")
 _DOWN: Final = _read("down.sql")
 
 _APPLIED: Final = "select version from reputation.migrations"
 _INSTALLED: Final = "select pg_catalog.to_regclass('reputation.migrations') is not null"
+_TRACKED: Final = "select reputation.tracked()"
+_UNTRIGGERED: Final = """
+select not exists (
+    select from pg_catalog.pg_trigger as ours
+    where ours.tgname like 'goodstanding\\_%'
+        and ours.tgrelid in (
+            'public.user_profiles'::regclass, 'public.wingman_matches'::regclass, 'public.wingman_sessions'::regclass
+        )
+)
+"""
+_REBUILD_BY_HAND: Final = "select reputation.rebuild('{}', '{}', '{}');"
+_COUNT_BY_HAND: Final = "-- Count everybody who is here already.\nselect reputation.recount(2147483647);"
 _INDEX_STATE: Final = """
 select
     index.indisvalid as valid,
@@ -72,23 +87,43 @@ limit 1
 """
 
 
-def plan(*, down: bool = False, covering_indexes: bool = False, applied: Collection[int] = ()) -> str:
+def plan(
+    *,
+    down: bool = False,
+    covering_indexes: bool = False,
+    triggers: bool = True,
+    policy: ReputationPolicy = STANDARD,
+    applied: Collection[int] = (),
+) -> str:
     """Give the SQL that `upgrade` (or, with `down`, `downgrade`) executes, as one script for psql."""
     if down:
         return "\n".join((*_COVERING_INDEXES_DOWN.values(), "", "begin;", _PROLOGUE, _DOWN, "commit;", ""))
     steps = [migration.sql for migration in MIGRATIONS if migration.version not in applied]
+    if steps and policy.meaning != STANDARD.meaning:
+        steps.append(_REBUILD_BY_HAND.format(*policy.meaning))
+    tracking = ("begin;", _PROLOGUE, _TRIGGERS, "commit;", "", _COUNT_BY_HAND, "") if triggers else ()
     indexes = COVERING_INDEXES.values() if covering_indexes else ()
-    return "\n".join(("begin;", _PROLOGUE, *steps, "commit;", "", *indexes, ""))
+    return "\n".join(("begin;", _PROLOGUE, *steps, "commit;", "", *tracking, *indexes, ""))
 
 
-async def upgrade(database_url: str, *, covering_indexes: bool = False, report: Report | None = None) -> None:
-    """Bring the database to this version, in one transaction; nothing happens to one that is there already.
+async def upgrade(
+    database_url: str,
+    *,
+    covering_indexes: bool = False,
+    triggers: bool = True,
+    policy: ReputationPolicy = STANDARD,
+    report: Report | None = None,
+) -> None:
+    """Bring the database to this version; nothing happens to one that is there already.
 
-    Must run as the owner of the host's tables. The covering indexes are built afterwards, without blocking writers.
-    Raises ConfigurationError for what the operator can mend, TemporarilyUnavailableError when nobody answers.
+    Must run as the owner of the host's tables. The schema is one transaction; the triggers are another, which never
+    makes the host's writers wait for longer than half a second; then everybody who is there already is counted, and
+    the covering indexes are built, both beside every writer. `policy` is what new tallies mean; without `triggers`
+    those that exist are taken off. Raises ConfigurationError for what the operator can mend,
+    TemporarilyUnavailableError when nobody answers.
     """
-    say = report or _silent
-    async with _connection(database_url, say) as connection:
+    say = report or silent
+    async with connected(database_url, say) as connection:
         async with connection.transaction():
             await connection.execute(_PROLOGUE)
             applied = await _applied(connection)
@@ -96,6 +131,13 @@ async def upgrade(database_url: str, *, covering_indexes: bool = False, report: 
                 if migration.version not in applied:
                     await connection.execute(migration.sql)
                     say(f"applied {migration.version:04} {migration.name}")
+            if len(applied) < len(MIGRATIONS) and policy.meaning != STANDARD.meaning:
+                await connection.execute(tallies.QUERIES["rebuild"], *policy.meaning)
+        await _track(connection, say, wanted=triggers)
+        if triggers:
+            await tallies.count_everybody(connection, say)
+            if not (await tallies.status(connection, policy)).same_policy:
+                say("the tallies mean another policy than this one: run goodstanding rebuild")
         if covering_indexes:
             for name in COVERING_INDEXES:
                 await _cover(connection, database_url, name, say)
@@ -107,23 +149,21 @@ async def downgrade(database_url: str, *, report: Report | None = None) -> None:
 
     Raises ConfigurationError for what the operator can mend, TemporarilyUnavailableError when nobody answers.
     """
-    say = report or _silent
-    async with _connection(database_url, say) as connection:
+    say = report or silent
+    async with connected(database_url, say) as connection:
         for statement in _COVERING_INDEXES_DOWN.values():
             await connection.execute(statement)
-        async with connection.transaction():
-            await connection.execute(_PROLOGUE)
-            await connection.execute(_DOWN)
+        await _locked(connection, _DOWN, say)
     say("nothing of Goodstanding is left in the database")
 
 
 async def applied_versions(database_url: str) -> frozenset[int]:
     """Give the versions that the database has; none when it was never migrated."""
-    async with _connection(database_url, _silent) as connection, connection.transaction():
+    async with connected(database_url, silent) as connection, connection.transaction():
         return await _applied(connection)
 
 
-async def _applied(connection: "_Connection") -> frozenset[int]:
+async def _applied(connection: "Connection") -> frozenset[int]:
     if not await connection.fetchval(_INSTALLED):
         return frozenset()
     applied = frozenset(row["version"] for row in await connection.fetch(_APPLIED))
@@ -133,7 +173,38 @@ async def _applied(connection: "_Connection") -> frozenset[int]:
     return applied
 
 
-async def _cover(connection: "_Connection", database_url: str, name: str, say: Report) -> None:
+async def _track(connection: "Connection", say: Report, *, wanted: bool) -> None:
+    """Leave every trigger on the host's tables, or none."""
+    unless = _TRACKED if wanted else _UNTRIGGERED
+    if await _locked(connection, _TRIGGERS if wanted else _TRIGGERS_DOWN, say, unless=unless):
+        say("the triggers are on the host's tables" if wanted else "no trigger is left on the host's tables")
+
+
+async def _locked(connection: "Connection", sql: str, say: Report, *, unless: str | None = None) -> bool:
+    """Run a step that locks the host's tables: again and again, each time with a short wait that hurts no writer.
+
+    Tells whether it ran: not when the query `unless` says that it is done already.
+    """
+    try:
+        async with asyncio.timeout(_LOCK_SECONDS):
+            while True:
+                try:
+                    async with connection.transaction():
+                        await connection.execute(_PROLOGUE)
+                        if unless is not None and await connection.fetchval(unless):
+                            return False
+                        await connection.execute(sql)
+                except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+                    say("a long transaction holds one of the host's tables, trying again")
+                    await asyncio.sleep(_LOCK_PAUSE_SECONDS)
+                else:
+                    return True
+    except TimeoutError:
+        message = "a transaction held one of the host's tables for a minute: end it, or try again later"
+        raise ConfigurationError(message) from None
+
+
+async def _cover(connection: "Connection", database_url: str, name: str, say: Report) -> None:
     """Leave a valid index of this name, whatever an interrupted or a concurrent build left behind."""
     async with asyncio.timeout(_INDEX_SECONDS):
         while True:
@@ -154,7 +225,7 @@ async def _cover(connection: "_Connection", database_url: str, name: str, say: R
                 say(f"{name}: another build got in the way, trying again")
 
 
-async def _build(connection: "_Connection", database_url: str, name: str, say: Report) -> None:
+async def _build(connection: "Connection", database_url: str, name: str, say: Report) -> None:
     built = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -171,7 +242,7 @@ async def _build(connection: "_Connection", database_url: str, name: str, say: R
 async def _watch(database_url: str, name: str, built: asyncio.Event, say: Report) -> None:
     """Report a build's progress, from a connection of its own, until it is over; never a reason for it to fail."""
     try:
-        async with _connection(database_url, _silent) as observer:
+        async with connected(database_url, silent) as observer:
             while not built.is_set():
                 async with observer.transaction():
                     row = await observer.fetchrow(_INDEX_PROGRESS)
@@ -183,43 +254,3 @@ async def _watch(database_url: str, name: str, built: asyncio.Event, say: Report
                         await built.wait()
     except GoodstandingError:
         say(f"{name}: its progress cannot be watched")
-
-
-@asynccontextmanager
-async def _connection(database_url: str, say: Report) -> AsyncIterator["_Connection"]:
-    """Connect so that a pooler in transaction mode works too: no named statements, no session state."""
-    try:
-        connection = await asyncpg.connect(database_url, timeout=_CONNECT_SECONDS, statement_cache_size=0)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:
-        raise _explained(error) from error
-
-    def warn(_: object, message: asyncpg.PostgresLogMessage) -> None:
-        if message.severity_en == "WARNING":
-            say(str(message.message))
-
-    connection.add_log_listener(warn)
-    try:
-        yield connection
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise _explained(error) from error
-    finally:
-        await connection.close(timeout=_CONNECT_SECONDS)
-
-
-def _explained(error: Exception) -> Exception:
-    """Turn a database's failure into one line for the operator, without the text of a query or an address."""
-    if isinstance(error, asyncpg.PostgresError):
-        if error.sqlstate == "GS001":
-            return ConfigurationError(str(error.args[0]))
-        if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            return ConfigurationError("this login lacks a right: migrate must run as the owner of the host's tables")
-        if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidCatalogNameError):
-            return ConfigurationError("PostgreSQL refused the login or knows no such database")
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            return TemporarilyUnavailableError("PostgreSQL ended the connection.")
-        return ConfigurationError(f"PostgreSQL refused a step of the migration (SQLSTATE {error.sqlstate})")
-    return TemporarilyUnavailableError("PostgreSQL cannot be reached.")
-
-
-def _silent(_: str) -> None:
-    return

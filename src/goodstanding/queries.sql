@@ -1,8 +1,9 @@
--- Every query of the service, by name. The service's role can call these three functions and nothing else.
+-- Every query of the service, by name; those that keep the tallies are in tallies.sql. The service's role can call
+-- these functions and nothing else.
 
 -- name: counts
 -- Exact counts of the known users among those asked for; an unknown user has no row.
-select user_id, completed, no_shows from reputation.counts($1::uuid[], $2::text, $3::text, $4::text)
+select user_id, completed, no_shows from reputation.read_counts($1::uuid[], $2::text, $3::text, $4::text)
 
 -- name: attribute
 -- Append a verdict; the session's two users, or no row when there is no such session.
@@ -14,4 +15,6 @@ select user_id from reputation.most_active($1::integer) as user_id
 
 -- name: ping
 -- Whether counts could be answered now: the server, the schema and the rights, without reading anybody's rows.
-select from reputation.counts('{}'::uuid[], 'any', 'unconfirmed', 'nobody')
+select
+from reputation.read_counts('{}'::uuid[], 'any', 'unconfirmed', 'nobody')
+full join reputation.counts('{}'::uuid[], 'any', 'unconfirmed', 'nobody') using (user_id)

@@ -1,6 +1,9 @@
 -- Remove every trace: the schema with all that is in it, and the role unless something else uses it.
 
+-- The triggers on the host's tables go with it; for them no writer may wait longer than this.
+set local lock_timeout = '400ms';
 drop schema if exists reputation cascade;
+set local lock_timeout = 0;
 
 -- A role belongs to the whole cluster, so it goes only with its last use; its memberships go with it.
 do $$

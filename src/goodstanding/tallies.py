@@ -1,0 +1,175 @@
+"""The tallies: folding changes into them, counting again, rebuilding, and comparing them with the sessions.
+
+Every read is exact whatever is called here, and whatever is not: see migrations/0002_changes.sql.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import asyncpg
+
+from goodstanding.data import UserId
+from goodstanding.errors import ConfigurationError
+from goodstanding.history import named_queries
+from goodstanding.owner import Report, connected, silent
+from goodstanding.policy import ReputationPolicy
+
+if TYPE_CHECKING:
+    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+
+MOST_NAMED: Final = 20
+_BATCH: Final = 500
+_PROGRESS_SECONDS: Final = 1.0
+QUERIES: Final = named_queries((files("goodstanding") / "tallies.sql").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What one fold did: how many changes, whose counts they concern (`everybody`: all), when the oldest was made."""
+
+    changes: int
+    everybody: bool
+    users: tuple[UserId, ...]
+    oldest: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recounted:
+    """What one recount did; `waiting`: some users' transactions still run; `counting`: more of everybody is left."""
+
+    users: int
+    waiting: bool
+    counting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the tallies are.
+
+    `tracked`: every trigger is there; `same_policy`: they mean what the asker's policy means; when one of the two is
+    false, every load recounts. `counting`: everybody is being counted; `waiting`: somebody is to be recounted;
+    `pending`: changes wait to be folded.
+    """
+
+    tracked: bool
+    same_policy: bool
+    counting: bool
+    waiting: bool
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How many users were compared in one snapshot, how many differ, and the first of those."""
+
+    users: int
+    differing: int
+    first: tuple[UserId, ...]
+
+
+async def fold(connection: "_Connection", batch: int) -> Folded:
+    """Fold at most `batch` changes, in the caller's transaction: READ COMMITTED, and nothing else in it.
+
+    Commit when the users' cached reputations are gone: until then every read sees the changes as pending. A caller
+    that idles for a second before it commits is rolled back by the server.
+    """
+    ((changes, everybody, users, oldest),) = await connection.fetch(QUERIES["fold"], batch)
+    return Folded(changes, everybody, tuple(UserId(str(user)) for user in users), oldest)
+
+
+async def recount(connection: "_Connection", batch: int) -> Recounted:
+    """Count at most `batch` users again, and as many of everybody, in a transaction of its own.
+
+    No count changes by it, so nothing needs to be invalidated.
+    """
+    (row,) = await connection.fetch(QUERIES["recount"], batch)
+    return Recounted(*row)
+
+
+async def status(connection: "_Connection", policy: ReputationPolicy) -> Status:
+    """Tell how the tallies are, seen from this policy."""
+    (row,) = await connection.fetch(QUERIES["status"], *policy.meaning)
+    return Status(*row)
+
+
+async def count_everybody(connection: "_Connection", say: Report) -> None:
+    """Count until everybody is counted, in small transactions: beside every load, and after an interruption the rest.
+
+    Several may do so at the same time, a relay among them.
+    """
+    total = await connection.fetchval(QUERIES["how_many"])
+    counted = 0
+    told = time.monotonic()
+    while True:
+        done = await recount(connection, _BATCH)
+        counted += done.users
+        if not done.counting:
+            break
+        if time.monotonic() - told >= _PROGRESS_SECONDS:
+            told = time.monotonic()
+            say(f"counted {counted} of {total} users")
+    if counted:
+        say(f"counted {counted} users")
+
+
+async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> None:
+    """Let the tallies mean this policy, and count everybody; as the owner of the host's tables.
+
+    Reads are exact meanwhile, writers wait for nothing, and after an interruption whatever runs next does the rest.
+    Raises ConfigurationError, TemporarilyUnavailableError.
+    """
+    say = report or silent
+    async with connected(database_url, say) as connection:
+        await _require_triggers(connection, policy)
+        await connection.execute(QUERIES["rebuild"], *policy.meaning)
+        say("the tallies mean this policy from now on; counting everybody")
+        await count_everybody(connection, say)
+
+
+async def rebuild_user(database_url: str, user: UserId, policy: ReputationPolicy) -> None:
+    """Have one user counted again: at once by every read, and by the relay for good.
+
+    Raises ConfigurationError, TemporarilyUnavailableError.
+    """
+    async with connected(database_url, silent) as connection:
+        await _require_triggers(connection, policy)
+        await connection.execute(QUERIES["mark"], user)
+
+
+async def verify(database_url: str, *, report: Report | None = None) -> Verification:
+    """Compare what reads answer with a recount of everybody, in one snapshot, under the policy that the tallies have.
+
+    Raises ConfigurationError, TemporarilyUnavailableError.
+    """
+    say = report or silent
+    users = 0
+    differing: list[UserId] = []
+    async with (
+        connected(database_url, say) as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        (meaning,) = await connection.fetch(QUERIES["policy"])
+        total = await connection.fetchval(QUERIES["how_many"])
+        rows: Sequence[asyncpg.Record] = ()
+        told = time.monotonic()
+        while users == 0 or rows:
+            last = rows[-1]["user_id"] if rows else None
+            rows = await connection.fetch(QUERIES["compare"], last, _BATCH, *meaning)
+            if not rows:
+                break
+            users += len(rows)
+            differing += [UserId(str(row["user_id"])) for row in rows if row["differs"]]
+            if time.monotonic() - told >= _PROGRESS_SECONDS:
+                told = time.monotonic()
+                say(f"compared {users} of {total} users")
+    return Verification(users, len(differing), tuple(differing[:MOST_NAMED]))
+
+
+async def _require_triggers(connection: "_Connection", policy: ReputationPolicy) -> None:
+    if not (await status(connection, policy)).tracked:
+        message = "there are no triggers here, so there are no tallies: run goodstanding migrate"
+        raise ConfigurationError(message)

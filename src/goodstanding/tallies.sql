@@ -1,0 +1,52 @@
+-- What keeps the tallies, by name. The first three are the service's; the others need the tables' owner.
+
+-- name: fold
+-- Fold the oldest pending changes; commit once nobody can be served what was known before.
+select folded, everybody, user_ids, oldest from reputation.fold($1::integer)
+
+-- name: recount
+-- Count again whoever is due.
+select recounted, waiting, counting from reputation.recount($1::integer)
+
+-- name: status
+-- How the tallies are, seen from a policy's meaning.
+select tracked, same_policy, counting, waiting, pending from reputation.status($1::text, $2::text, $3::text)
+
+-- name: rebuild
+-- Let the tallies mean a policy, and have everybody counted again.
+select reputation.rebuild($1::text, $2::text, $3::text)
+
+-- name: mark
+-- Have one user counted again, as a trigger would.
+insert into reputation.changes (user_id) values ($1::uuid)
+
+-- name: is_marked
+-- Whether a user is still to be counted again.
+select
+    exists (select from reputation.recounts where user_id = $1::uuid)
+    or exists (select from reputation.changes where user_id = $1::uuid and policy_version is null)
+
+-- name: how_many
+-- How many users there are.
+select count(*) from public.user_profiles
+
+-- name: policy
+-- What the tallies mean.
+select completed_rule, unattributed_no_show, unattributed_cancelled from reputation.policy
+
+-- name: compare
+-- The next users in the order of their ids whose tally, with what is pending, is compared with a recount.
+with checked as (
+    select array(
+        select known.id
+        from public.user_profiles as known
+        where $1::uuid is null or known.id > $1::uuid
+        order by known.id
+        limit $2::integer
+    ) as ids
+)
+select counted.user_id, read.user_id is null or (read.completed, read.no_shows) is distinct from (counted.completed, counted.no_shows) as differs
+from checked
+cross join lateral reputation.counts(checked.ids, $3::text, $4::text, $5::text) as counted
+left join lateral reputation.read_counts(array[counted.user_id], $3::text, $4::text, $5::text) as read on true
+order by counted.user_id
