@@ -100,13 +100,18 @@ async def recounted(connection: "Connection", policy: ReputationPolicy) -> dict[
 async def compare(connection: "Connection", policy: ReputationPolicy) -> None:
     """Compare everybody's counts with a recount in one snapshot; raises DifferenceError."""
     async with connection.transaction(isolation="repeatable_read"):
+        expected = await recounted(connection, policy)
+        everybody = {*USERS, *expected}
         read = {
             row["user_id"]: (row["completed"], row["no_shows"])
-            for row in await connection.fetch(QUERIES["counts"], USERS, *policy.meaning)
+            for row in await connection.fetch(QUERIES["counts"], everybody, *policy.meaning)
         }
-        expected = await recounted(connection, policy)
     if expected != read:
-        different = {user.int: (expected.get(user), read.get(user)) for user in USERS if expected.get(user) != read.get(user)}
+        different = {
+            str(user): (expected.get(user), read.get(user))
+            for user in everybody
+            if expected.get(user) != read.get(user)
+        }
         message = f"expected and read: {different}"
         raise DifferenceError(message)
 

@@ -82,16 +82,6 @@ PLANTED = {
         "where change.user_id = due.user_id and change.policy_version is not null",
         "where false",
     ),
-    "a recount takes the marks as well": (
-        "reputation.recount(integer)",
-        "where change.user_id = due.user_id and change.policy_version is not null",
-        "where change.user_id = due.user_id",
-    ),
-    "differences of another policy are folded": (
-        "reputation.fold(integer)",
-        "taken.policy_version is distinct from present",
-        "taken.policy_version is null",
-    ),
 }
 
 

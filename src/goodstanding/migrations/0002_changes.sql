@@ -154,16 +154,21 @@ begin
         rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
     new2 := reputation.outcome(new_status, new_b, new_a, 2, verdict,
         rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
-    if old1 <> new1 or old2 <> new2 then
-        insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
-        select
-            side.user_id,
-            (side.new_outcome = 1)::integer - (side.old_outcome = 1)::integer,
-            (side.new_outcome = -1)::integer - (side.old_outcome = -1)::integer,
+    -- Also when the difference is nought: it need not be so under the policy that a rebuild is just bringing in.
+    insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
+    values
+        (
+            user1,
+            (new1 = 1)::integer - (old1 = 1)::integer,
+            (new1 = -1)::integer - (old1 = -1)::integer,
             rules.version
-        from (values (user1, old1, new1), (user2, old2, new2)) as side (user_id, old_outcome, new_outcome)
-        where side.old_outcome <> side.new_outcome;
-    end if;
+        ),
+        (
+            user2,
+            (new2 = 1)::integer - (old2 = 1)::integer,
+            (new2 = -1)::integer - (old2 = -1)::integer,
+            rules.version
+        );
 end
 $$;
 

@@ -1,0 +1,253 @@
+"""What the triggers append, and what they do not: in the writer's own transaction, without a lock, for every writer."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from goodstanding import tallies
+from goodstanding.history import QUERIES
+from goodstanding.policy import STANDARD
+
+from .conftest import Database, command, connect
+from .storm import compare
+
+if TYPE_CHECKING:
+    from .conftest import Connection
+
+PATIENCE = 20.0
+PAIR = "select user1_id::text, user2_id::text from public.wingman_matches"
+
+
+async def appended(owner: "Connection | asyncpg.Connection[asyncpg.Record]") -> list[tuple[str | None, int, int, bool]]:
+    """Give what was appended since the last call: user, two differences, whether it is a mark."""
+    rows = await owner.fetch(
+        "with gone as (delete from reputation.changes returning *) select user_id::text, completed_delta, no_show_delta,"
+        " policy_version is null from gone order by user_id, id"
+    )
+    return [tuple(row) for row in rows]
+
+
+async def pair(database: Database) -> tuple[str, str, str]:
+    """Insert two users, the lower id first, and their match; forget what that appended."""
+    user1, user2 = sorted([await database.add_user(), await database.add_user()])
+    match = await database.add_match(user1, user2)
+    async with database.owner() as owner:
+        await appended(owner)
+    return user1, user2, match
+
+
+async def test_a_session_that_ends_appends_the_difference_for_each_user(database: Database) -> None:
+    """Completed, corrected to a no-show of one, deleted: each step appends what it changes, and for whom."""
+    user1, user2, match = await pair(database)
+    session = await database.add_session(match, a=True)
+    async with database.owner() as owner:
+        assert [] == await appended(owner)
+        await owner.execute("update public.wingman_sessions set status = 'completed'")
+        assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
+        await owner.execute("update public.wingman_sessions set status = 'no_show'")
+        assert [(user1, -1, 0, False), (user2, -1, 1, False)] == await appended(owner)
+        await owner.execute("update public.wingman_sessions set user2_completed_confirmed_by_user1 = null")
+        assert [(user1, 0, 0, False), (user2, 0, 0, False)] == await appended(owner)
+        await owner.execute("delete from public.wingman_sessions where id = $1", session)
+        assert [(user1, 0, 0, False), (user2, 0, -1, False)] == await appended(owner)
+        await database.add_session(match, "completed", b=True)
+        assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "update public.wingman_sessions set notes = 'x', venue_name = 'y', scheduled_time = now()",
+        "update public.wingman_sessions set status = status, match_id = match_id",
+        "update public.wingman_sessions set status = 'in_progress' where status = 'scheduled'",
+        "update public.wingman_sessions set user1_completed_confirmed_by_user2 = true where status = 'scheduled'",
+        "update public.wingman_matches set status = 'x', user1_reputation = 7, user1_id = user1_id",
+        "update public.user_profiles set display_name = 'x', id = id",
+        "insert into public.wingman_sessions (match_id) select id from public.wingman_matches",
+        "delete from public.wingman_sessions where status = 'scheduled'",
+    ],
+)
+async def test_what_cannot_alter_a_count_appends_nothing(database: Database, edit: str) -> None:
+    """Notes, venues, times, and sessions that are not over."""
+    _, _, match = await pair(database)
+    async with database.owner() as owner:
+        for status in ("scheduled", "completed", "no_show"):
+            await database.add_session(match, status, a=True)
+        await appended(owner)
+        await owner.execute(edit)
+        assert [] == await appended(owner)
+
+
+async def test_a_rollback_leaves_nothing(database: Database) -> None:
+    """Neither a transaction nor a savepoint that is rolled back leaves a change."""
+    user1, user2, match = await pair(database)
+    await database.add_session(match, a=True)
+    async with database.owner() as owner:
+        async with owner.transaction():
+            with pytest.raises(ZeroDivisionError):
+                async with owner.transaction():
+                    await owner.execute("update public.wingman_sessions set status = 'completed'")
+                    raise ZeroDivisionError
+            await owner.execute("update public.wingman_sessions set status = 'no_show'")
+        assert [(user1, 0, 0, False), (user2, 0, 1, False)] == await appended(owner)
+
+
+async def test_bulk_writes_append_for_every_row(database: Database) -> None:
+    """COPY and one UPDATE of many rows count like as many single ones."""
+    user1, _, match = await pair(database)
+    async with database.owner() as owner:
+        await owner.copy_records_to_table(
+            "wingman_sessions",
+            schema_name="public",
+            columns=["match_id", "status", "user1_completed_confirmed_by_user2"],
+            records=[(match, "completed", True)] * 50,
+        )
+        assert 50 == sum(change[1] for change in await appended(owner) if change[0] == user1)
+        await owner.execute("update public.wingman_sessions set status = 'scheduled'")
+        assert -50 == sum(change[1] for change in await appended(owner) if change[0] == user1)
+
+
+@pytest.mark.parametrize(
+    ("change", "marked"),
+    [
+        ("delete from public.user_profiles where id = (select user1_id from public.wingman_matches)", 2),
+        ("delete from public.wingman_matches", 2),
+        ("update public.wingman_matches set user1_id = user2_id, user2_id = user1_id", 2),
+        ("update public.wingman_sessions set id = gen_random_uuid()", 2),
+        ("insert into public.user_profiles default values", 1),
+        (
+            "insert into reputation.attributions (session_id, at_fault, reason, said_by)"
+            " select id, 'both', 'x', 'y' from public.wingman_sessions",
+            2,
+        ),
+    ],
+)
+async def test_what_other_transactions_may_not_see_marks_the_users(
+    database: Database, change: str, marked: int
+) -> None:
+    """A cascade, a rewritten match, a verdict: those concerned are to be counted again."""
+    _, _, match = await pair(database)
+    await database.add_session(match, "completed", a=True)
+    async with database.owner() as owner:
+        await appended(owner)
+        await owner.execute(change)
+        changes = await appended(owner)
+    assert marked == len({user for user, _, _, mark in changes if mark})
+    assert all(mark and user is not None for user, _, _, mark in changes)
+
+
+@pytest.mark.parametrize("table", ["wingman_sessions", "wingman_matches cascade", "user_profiles cascade"])
+async def test_truncate_marks_everybody(database: Database, table: str) -> None:
+    """An emptied table concerns everybody, and the next read says so."""
+    user1, _, match = await pair(database)
+    await database.add_session(match, "completed", a=True)
+    async with database.owner() as owner:
+        await settled(owner)
+        await command(owner, f"truncate public.{table}")
+        assert None in {user for user, *_ in await owner.fetch("select user_id from reputation.changes")}
+        rows = await owner.fetch(QUERIES["counts"], [user1], *STANDARD.meaning)
+        assert [] == [row for row in rows if row["completed"]]
+        assert (await tallies.fold(owner, 1000)).everybody
+        await settled(owner)
+        assert 0 == await owner.fetchval("select coalesce(sum(completed), 0) from reputation.tallies")
+
+
+async def settled(owner: "Connection | asyncpg.Connection[asyncpg.Record]") -> None:
+    """Fold and recount until nothing is left."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            folded = await tallies.fold(owner, 1000)
+            done = await tallies.recount(owner, 1000)
+            if not folded.changes and not done.users and not done.waiting and not done.counting:
+                return
+
+
+@pytest.mark.parametrize("role", ["authenticated", "service_role"])
+async def test_the_hosts_own_roles_write_as_before(database: Database, role: str) -> None:
+    """A participant under row-level security has no right on our schema, and its write is counted all the same."""
+    user1, user2, match = await pair(database)
+    await database.add_session(match, a=True)
+    async with connect(database.superuser_url) as writer, writer.transaction():
+        await writer.execute(f"set local role {role}")
+        await writer.fetchval("select set_config('request.jwt.claims', format('{\"sub\": \"%s\"}', $1::text), true)", user1)
+        await writer.execute("set local search_path = pg_temp")
+        await writer.execute("set local row_security = off" if role == "service_role" else "set local jit = off")
+        await writer.execute("update public.wingman_sessions set status = 'completed'")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            async with writer.transaction():
+                await writer.fetch("select from reputation.changes")
+    async with database.owner() as owner:
+        assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
+
+
+async def test_rows_that_arrive_by_replication_count(database: Database) -> None:
+    """Under session_replication_role = replica, where ordinary triggers are silent, ours are not."""
+    user1, user2, match = await pair(database)
+    await database.add_session(match, a=True)
+    async with connect(database.superuser_url) as replica:
+        await replica.execute("set session_replication_role = replica")
+        await replica.execute("update public.wingman_sessions set status = 'completed'")
+    async with database.owner() as owner:
+        assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
+
+
+@pytest.mark.parametrize("table", ["wingman_matches", "wingman_sessions"])
+async def test_a_write_never_fails_because_the_owner_is_under_policies(database: Database, table: str) -> None:
+    """With FORCE ROW LEVEL SECURITY the match may be hidden from us: everybody is marked, and the write succeeds."""
+    _, _, match = await pair(database)
+    await database.add_session(match, a=True)
+    async with database.owner() as owner, connect(database.superuser_url) as writer:
+        await command(owner, "alter table public.%I force row level security", table)
+        await writer.execute("update public.wingman_sessions set status = 'completed'")
+        changes = await appended(owner)
+    assert [None] == [user for user, *_ in changes] if table == "wingman_matches" else len(changes) == 2
+
+
+async def test_a_disabled_trigger_is_noticed(database: Database) -> None:
+    """A load with triggers off is counted from the sessions, also when the triggers are on again."""
+    user1, _, match = await pair(database)
+    async with database.owner() as owner:
+        await settled(owner)
+        for change in ("disable trigger user", "enable trigger user"):
+            await owner.execute(f"alter table public.wingman_sessions {change}")
+            await database.add_session(match, "completed", a=True)
+            assert not (await tallies.status(owner, STANDARD)).tracked
+        (row,) = await owner.fetch(QUERIES["counts"], [user1], *STANDARD.meaning)
+    assert 2 == row["completed"]
+
+
+@pytest.mark.parametrize("step", ["fold", "recount", "rebuild"])
+async def test_no_writer_waits_and_none_is_a_victim(database: Database, step: str) -> None:
+    """Two writers on the same users in opposite order are done while the upkeep holds every lock that it ever holds."""
+    user1, user2, match = await pair(database)
+    other = await database.add_match(user2, user1)
+    sessions = [await database.add_session(each, a=True) for each in (match, other)]
+    async with AsyncExitStack() as stack, asyncio.timeout(PATIENCE):
+        one, two, relay = [await stack.enter_async_context(connect(database.owner_url)) for _ in range(3)]
+        await settled(relay)
+        for user in (user1, user2):
+            await relay.execute(tallies.QUERIES["mark"], user)
+        if step == "recount":
+            await tallies.fold(relay, 1000)
+        await stack.enter_async_context(relay.transaction())
+        if step == "fold":
+            assert 2 == (await tallies.fold(relay, 1000)).changes
+        elif step == "recount":
+            assert 2 == (await tallies.recount(relay, 1000)).users
+        else:
+            await relay.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        # The server ends a relay that idles in its transaction; this one is to hold its locks to the end of the test.
+        await relay.execute("set local idle_in_transaction_session_timeout = 0")
+        for writer in (one, two):
+            await writer.execute("set lock_timeout = '100ms'")
+            await stack.enter_async_context(writer.transaction())
+        for status in ("completed", "no_show", "scheduled", "completed"):
+            for writer, session in ((one, sessions[0]), (two, sessions[1])):
+                await writer.execute("update public.wingman_sessions set status = $2 where id = $1", session, status)
+                await writer.execute("insert into public.user_profiles default values")
+                await writer.execute(QUERIES["attribute"], session, "both", "x", "y")
+    async with connect(database.owner_url) as owner:
+        await compare(owner, STANDARD)

@@ -1,0 +1,236 @@
+"""Tallies: exact beside open transactions, rebuilt under load, repaired, and verified."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from goodstanding import tallies
+from goodstanding.data import UserId
+from goodstanding.errors import ConfigurationError
+from goodstanding.history import QUERIES
+from goodstanding.migrate import upgrade
+from goodstanding.policy import LEGACY, STANDARD, ReputationPolicy
+
+from .conftest import Database, connect
+from .storm import compare
+from .test_changes_sql import settled
+
+if TYPE_CHECKING:
+    from .conftest import Connection
+
+PATIENCE = 20.0
+COMPLETE = "update public.wingman_sessions set status = 'completed'"
+
+
+async def counts(
+    owner: "Connection | asyncpg.Connection[asyncpg.Record]",
+    users: Sequence[str],
+    policy: ReputationPolicy = STANDARD,
+) -> list[tuple[int, int]]:
+    """Read the counts of users, in their order."""
+    rows = {row[0]: (row[1], row[2]) for row in await owner.fetch(QUERIES["counts"], users, *policy.meaning)}
+    return [rows[UUID(user)] for user in users]
+
+
+async def tally(owner: "Connection", user: str) -> tuple[int, int] | None:
+    """Give what is tallied of one user."""
+    row = await owner.fetchrow("select completed, no_shows from reputation.tallies where user_id = $1", user)
+    return None if row is None else tuple(row)
+
+
+async def test_a_fold_moves_a_change_from_pending_to_tally(database: Database) -> None:
+    """Before the commit every read sees it pending, after it in the tally; the fold names the users concerned."""
+    user1, user2 = await database.add_user(), await database.add_user()
+    await database.add_session(await database.add_match(user1, user2), a=True)
+    async with database.owner() as owner, connect(database.service_url) as relay:
+        await settled(relay)
+        assert (0, 0) == await tally(owner, user1)
+        await owner.execute(COMPLETE)
+        async with relay.transaction():
+            folded = await tallies.fold(relay, 1000)
+            assert (2, False, {user1, user2}) == (folded.changes, folded.everybody, set(folded.users))
+            assert folded.oldest is not None
+            assert [(1, 0)] == await counts(owner, [user1])
+            assert (0, 0) == await tally(owner, user1)
+        assert [(1, 0)] == await counts(owner, [user1])
+        assert (1, 0) == await tally(owner, user1)
+        assert tallies.Folded(0, everybody=False, users=(), oldest=None) == await tallies.fold(relay, 1000)
+
+
+async def test_a_fold_takes_the_oldest_and_no_more_than_it_is_told(database: Database) -> None:
+    """A batch bounds it; what is left stays pending."""
+    async with database.owner() as owner:
+        await settled(owner)
+        users = [await database.add_user() for _ in range(5)]
+        assert set(users[:3]) == set((await tallies.fold(owner, 3)).users)
+        assert set(users[3:]) == set((await tallies.fold(owner, 3)).users)
+
+
+async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_have_ended(database: Database) -> None:
+    """A transaction that still sees a match's old users writes after the mark was folded: nobody's counts are wrong."""
+    user1, user2, user3 = [await database.add_user() for _ in range(3)]
+    await database.add_session(await database.add_match(user1, user2), a=True)
+    async with database.owner() as owner, database.owner() as relay, connect(database.owner_url) as old:
+        await settled(relay)
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetchval("select count(*) from public.wingman_matches")
+        await owner.execute("update public.wingman_matches set user1_id = $1", user3)
+        await tallies.fold(relay, 1000)
+        for _ in range(3):
+            assert (await tallies.recount(relay, 1000)).waiting
+        await old.execute(COMPLETE)
+        await transaction.commit()
+        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+        await settled(relay)
+        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+        assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
+
+
+async def test_a_prepared_transaction_is_waited_for(bare_database: Database) -> None:
+    """What is prepared for a two-phase commit after the barrier was raised holds it up like one that runs."""
+    await upgrade(bare_database.owner_url)
+    async with connect(bare_database.superuser_url) as admin:
+        if await admin.fetchval("show max_prepared_transactions") == "0":
+            assert "prepared" not in str(await admin.fetchval("select reputation.prepared()"))
+        still = "select reputation.still_running($1)"
+        assert [] == await admin.fetchval(still, [])
+        assert [] == await admin.fetchval(still, ["prepared 1"])
+        assert [] == await admin.fetchval(still, ["1/1"])
+
+
+async def test_another_policys_differences_mark_their_users(database: Database) -> None:
+    """A transaction that computed its differences before a rebuild and commits after it leaves nobody wrong."""
+    user1, user2 = await database.add_user(), await database.add_user()
+    await database.add_session(await database.add_match(user1, user2))
+    async with database.owner() as owner, connect(database.owner_url) as old:
+        await settled(owner)
+        transaction = old.transaction()
+        await transaction.start()
+        await old.execute("update public.wingman_sessions set status = 'cancelled'")
+        async with asyncio.timeout(PATIENCE):
+            await tallies.rebuild(database.owner_url, LEGACY)
+        await transaction.commit()
+        for policy, expected in ((LEGACY, (0, 1)), (STANDARD, (0, 0))):
+            assert [expected] == await counts(owner, [user1], policy)
+        await settled(owner)
+        assert (0, 1) == await tally(owner, user1)
+        await compare(old, LEGACY)
+
+
+async def test_a_transaction_older_than_the_triggers_marks_everybody(database: Database) -> None:
+    """It may not see matches that were rewritten while no trigger told of it."""
+    user1, user2, user3 = [await database.add_user() for _ in range(3)]
+    await database.add_session(await database.add_match(user1, user2), a=True)
+    await upgrade(database.owner_url, triggers=False)
+    async with database.owner() as owner, connect(database.owner_url) as old:
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetchval("select 1")
+        await owner.execute("update public.wingman_matches set user1_id = $1", user3)
+        await upgrade(database.owner_url)
+        await old.execute(COMPLETE)
+        await transaction.commit()
+        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+        await settled(owner)
+        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+
+
+async def test_without_triggers_every_read_recounts(bare_database: Database) -> None:
+    """Nothing of ours is on the host's tables, the counts are right, and the tallies come when the triggers do."""
+    told: list[str] = []
+    await upgrade(bare_database.owner_url, triggers=False)
+    user1, user2 = await bare_database.add_user(), await bare_database.add_user()
+    await bare_database.add_session(await bare_database.add_match(user1, user2), "completed", a=True)
+    async with bare_database.owner() as owner:
+        assert 0 == await owner.fetchval("select count(*) from pg_trigger where tgname like 'goodstanding%'")
+        assert [(1, 0)] == await counts(owner, [user1])
+        assert 0 == await owner.fetchval("select count(*) from reputation.changes")
+        with pytest.raises(ConfigurationError, match="no triggers"):
+            await tallies.rebuild(bare_database.owner_url, STANDARD)
+        await upgrade(bare_database.owner_url, report=told.append)
+        assert ["the triggers are on the host's tables", "counted 2 users", "the database is up to date"] == told
+        assert (1, 0) == await tally(owner, user1)
+        assert [(1, 0)] == await counts(owner, [user1])
+
+
+async def test_a_policy_of_another_meaning_recounts(database: Database) -> None:
+    """The tallies mean one policy; another one is answered from the sessions until a rebuild."""
+    user1, user2 = await database.add_user(), await database.add_user()
+    await database.add_session(await database.add_match(user1, user2), "cancelled")
+    async with database.owner() as owner:
+        await settled(owner)
+        assert [(0, 1)] == await counts(owner, [user1], LEGACY)
+        assert not (await tallies.status(owner, LEGACY)).same_policy
+        await tallies.rebuild(database.owner_url, LEGACY)
+        assert (await tallies.status(owner, LEGACY)).same_policy
+        assert (0, 1) == await tally(owner, user1)
+        assert [(0, 0)] == await counts(owner, [user1], STANDARD)
+
+
+async def test_migrate_writes_the_policy_of_the_settings(bare_database: Database) -> None:
+    """New tallies mean what the settings say; later another policy is only told."""
+    told: list[str] = []
+    await upgrade(bare_database.owner_url, policy=LEGACY)
+    await upgrade(bare_database.owner_url, policy=STANDARD, report=told.append)
+    assert "the tallies mean another policy than this one: run goodstanding rebuild" in told
+    async with bare_database.owner() as owner:
+        (row,) = await owner.fetch(tallies.QUERIES["policy"])
+    assert LEGACY.meaning == tuple(row)
+
+
+async def test_verify_finds_what_rebuild_repairs(database: Database) -> None:
+    """A tally that was tampered with is found, one user's by its id; `rebuild` of that user mends it at once."""
+    users = [await database.add_user() for _ in range(3)]
+    async with database.owner() as owner:
+        await settled(owner)
+        assert tallies.Verification(3, 0, ()) == await tallies.verify(database.owner_url)
+        for user in users[:2]:
+            await owner.execute("update reputation.tallies set completed = 7 where user_id = $1", user)
+        assert tallies.Verification(3, 2, tuple(sorted(users[:2]))) == await tallies.verify(database.owner_url)
+        await tallies.rebuild_user(database.owner_url, UserId(users[0]), STANDARD)
+        assert [(0, 0), (7, 0)] == await counts(owner, users[:2])
+        await settled(owner)
+        assert (0, 0) == await tally(owner, users[0])
+        await tallies.rebuild(database.owner_url, STANDARD)
+        assert tallies.Verification(3, 0, ()) == await tallies.verify(database.owner_url)
+        assert (0, 0) == await tally(owner, users[1])
+
+
+async def test_an_interrupted_rebuild_is_continued(database: Database) -> None:
+    """Whoever recounts next goes on where it stopped; every read is exact meanwhile."""
+    users = [await database.add_user() for _ in range(7)]
+    await database.add_session(await database.add_match(users[0], users[1]), "completed", a=True)
+    async with database.owner() as owner:
+        await settled(owner)
+        await owner.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        assert tallies.Recounted(3, waiting=False, counting=True) == await tallies.recount(owner, 3)
+        assert [(1, 0), (1, 0), (0, 0)] == await counts(owner, users[:3])
+        assert 4 == await owner.fetchval(
+            "select count(*) from reputation.tallies where policy_version <> (select version from reputation.policy)"
+        )
+        await settled(owner)
+        assert tallies.Verification(7, 0, ()) == await tallies.verify(database.owner_url)
+
+
+async def test_fold_and_recount_refuse_an_old_snapshot(database: Database) -> None:
+    """They look again after they waited, which a repeatable-read transaction cannot do."""
+    async with database.owner() as owner:
+        for call in (tallies.fold, tallies.recount):
+            with pytest.raises(asyncpg.PostgresError, match="needs READ COMMITTED"):
+                async with owner.transaction(isolation="repeatable_read"):
+                    await call(owner, 1)
+
+
+async def test_a_relay_that_freezes_before_its_commit_is_rolled_back(database: Database) -> None:
+    """The server ends it within a second or two, and whoever is next folds the same changes."""
+    user = await database.add_user()
+    async with connect(database.service_url) as frozen, connect(database.service_url) as relay:
+        await frozen.execute("begin")
+        assert (user,) == (await tallies.fold(frozen, 10)).users
+        async with asyncio.timeout(PATIENCE):
+            assert (user,) == (await tallies.fold(relay, 10)).users
