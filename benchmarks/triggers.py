@@ -50,7 +50,10 @@ update public.wingman_sessions set notes = random()::text where id = md5('sessio
 
 def main() -> None:
     """Measure, print the ratios, exit with 1 when one is missed."""
-    with tempfile.TemporaryDirectory(prefix="goodstanding-triggers-") as folder, Postgres(Path(folder) / "pg") as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="goodstanding-triggers-") as folder,
+        Postgres(Path(folder) / "pg") as server,
+    ):
         bare, tracked = (asyncio.run(_database(server, name)) for name in ("bare", "tracked"))
         figures = {
             "commits/s of single status updates, with triggers": (_commits(server, UPDATE, folder), 0.85, min),

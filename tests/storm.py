@@ -163,8 +163,10 @@ class Storm:
                 while True:
                     await tallies.fold(relay, 1000)
                     done = await tallies.recount(relay, 1000)
-                    if not done.waiting and not done.counting and not await owner.fetchval(
-                        "select exists (select from reputation.changes)"
+                    if (
+                        not done.waiting
+                        and not done.counting
+                        and not await owner.fetchval("select exists (select from reputation.changes)")
                     ):
                         break
             for policy in POLICIES:

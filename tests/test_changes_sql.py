@@ -172,7 +172,9 @@ async def test_the_hosts_own_roles_write_as_before(database: Database, role: str
     await database.add_session(match, a=True)
     async with connect(database.superuser_url) as writer, writer.transaction():
         await writer.execute(f"set local role {role}")
-        await writer.fetchval("select set_config('request.jwt.claims', format('{\"sub\": \"%s\"}', $1::text), true)", user1)
+        await writer.fetchval(
+            "select set_config('request.jwt.claims', format('{\"sub\": \"%s\"}', $1::text), true)", user1
+        )
         await writer.execute("set local search_path = pg_temp")
         await writer.execute("set local row_security = off" if role == "service_role" else "set local jit = off")
         await writer.execute("update public.wingman_sessions set status = 'completed'")

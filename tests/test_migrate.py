@@ -77,11 +77,11 @@ async def test_the_owner_who_is_no_superuser_can_install(bare_database: Database
     await upgrade(bare_database.owner_url, report=told.append)
     assert frozenset({1, 2}) == await applied_versions(bare_database.owner_url)
     assert [
-            "applied 0001 sessions",
-            "applied 0002 changes",
-            "the triggers are on the host's tables",
-            "the database is up to date",
-        ] == told
+        "applied 0001 sessions",
+        "applied 0002 changes",
+        "the triggers are on the host's tables",
+        "the database is up to date",
+    ] == told
     async with bare_database.owner() as owner:
         assert [(1, "sessions")] == [
             tuple(row) for row in await owner.fetch("select version, name from reputation.migrations")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from goodstanding import doctor as doctor_checks
-from goodstanding import logs
+from goodstanding import logs, tallies
 from goodstanding import migrate as migrations
 from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
@@ -190,22 +190,39 @@ def migrate(
             "tables' HOT updates (measured: writes at 0.80 of their rate).",
         ),
     ] = False,
+    without_triggers: Annotated[
+        bool,
+        typer.Option(
+            "--without-triggers",
+            help="Leave no trigger on the host's tables. Counts are then recounted on every load, and badges change "
+            "when the cache expires or is invalidated.",
+        ),
+    ] = False,
 ) -> None:
     """Create or upgrade the schema `reputation` and the role goodstanding_service.
 
     Runs as the owner of the host app's tables, who need not be a superuser; running it again changes nothing.
     Afterwards grant the role to the login that serves: GRANT goodstanding_service TO app_login.
     """
-    if dry_run:
-        sys.stdout.write(migrations.plan(down=down, covering_indexes=covering_indexes))
-        return
 
     async def work() -> None:
-        url = _settings(database_url=database_url).require_database()
-        if down:
-            await migrations.downgrade(url, report=_report)
+        settings = _settings(database_url=database_url)
+        policy = settings.reputation_policy()
+        triggers = not without_triggers
+        if dry_run:
+            sys.stdout.write(
+                migrations.plan(down=down, covering_indexes=covering_indexes, triggers=triggers, policy=policy)
+            )
+        elif down:
+            await migrations.downgrade(settings.require_database(), report=_report)
         else:
-            await migrations.upgrade(url, covering_indexes=covering_indexes, report=_report)
+            await migrations.upgrade(
+                settings.require_database(),
+                covering_indexes=covering_indexes,
+                triggers=triggers,
+                policy=policy,
+                report=_report,
+            )
 
     with _readable_errors():
         _run(work())
@@ -213,6 +230,47 @@ def migrate(
 
 def _report(line: str) -> None:
     _out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rebuild(
+    user_id: Annotated[str | None, typer.Argument(help="Count only this user again, by UUID.")] = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Count everybody again, under the policy of the settings; or one user, under the policy that the tallies have.
+
+    Blocks nobody: meanwhile every read is exact, and an interrupted rebuild is continued by the next one or by a relay.
+    """
+
+    async def work() -> None:
+        settings = _settings(database_url=database_url)
+        url, policy = settings.require_database(), settings.reputation_policy()
+        if user_id is None:
+            await tallies.rebuild(url, policy, report=_report)
+            _report("The tallies are rebuilt.")
+        else:
+            await tallies.rebuild_user(url, parse_user_id(user_id), policy)
+            _report("Every read counts this user again from now on, until the relay has renewed the tally.")
+
+    with _readable_errors():
+        _run(work())
+
+
+@app.command()
+def verify(database_url: DatabaseUrl = None) -> None:
+    """Compare everybody's counts with a recount, in one snapshot; exits with 1 when somebody's differ."""
+
+    async def work() -> None:
+        found = await tallies.verify(_settings(database_url=database_url).require_database(), report=_report)
+        _report(f"{found.users} users compared, {found.differing} differ.")
+        for user in found.first:
+            _report(user)
+        if found.differing:
+            _report("Repair one with: goodstanding rebuild USER_ID; all with: goodstanding rebuild")
+            raise typer.Exit(1)
+
+    with _readable_errors():
+        _run(work())
 
 
 @app.command()

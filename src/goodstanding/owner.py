@@ -54,7 +54,9 @@ def _explained(error: Exception) -> Exception:
             return ConfigurationError("this login lacks a right: it must be the owner of the host's tables")
         if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidCatalogNameError):
             return ConfigurationError("PostgreSQL refused the login or knows no such database")
-        if isinstance(error, asyncpg.InvalidSchemaNameError | asyncpg.UndefinedTableError | asyncpg.UndefinedFunctionError):
+        if isinstance(
+            error, asyncpg.InvalidSchemaNameError | asyncpg.UndefinedTableError | asyncpg.UndefinedFunctionError
+        ):
             return ConfigurationError("this database is not migrated: run goodstanding migrate")
         if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
             return TemporarilyUnavailableError("PostgreSQL ended the connection.")
