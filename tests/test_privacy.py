@@ -21,7 +21,6 @@ FUNCTIONS = {
 }
 # These run inside the host's own statements.
 TRIGGERS = {
-    "reputation.append_differences(uuid,uuid,text,boolean,boolean,text,boolean,boolean)",
     "reputation.attributed()",
     "reputation.everybody_changed()",
     "reputation.mark_matches(uuid[])",

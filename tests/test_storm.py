@@ -53,19 +53,43 @@ PLANTED = {
         return null;
         perform reputation.mark_matches""",
     ),
-    "a moved session is two differences": (
+    "a moved session is a difference": (
         "reputation.session_changed()",
         "perform reputation.mark_matches(array[old.match_id, new.match_id]);",
         """
-        perform reputation.append_differences(
-            old.id, old.match_id,
-            old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
-            null, null, null
-        );
-        perform reputation.append_differences(
-            new.id, new.match_id, null, null, null,
-            new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
-        );""",
+        insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
+        select
+            side.user_id, (side.outcome = 1)::integer * side.sign, (side.outcome = -1)::integer * side.sign, side.version
+        from (
+            select
+                version.sign,
+                policy.version,
+                case one.number when 1 then match.user1_id else match.user2_id end as user_id,
+                reputation.outcome(
+                    version.status,
+                    case one.number when 1 then version.a else version.b end,
+                    case one.number when 1 then version.b else version.a end,
+                    one.number,
+                    (
+                        select newest.at_fault from reputation.attributions as newest
+                        where newest.session_id = version.id order by newest.id desc limit 1
+                    ),
+                    policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
+                ) as outcome
+            from (values
+                (
+                    -1, old.id, old.match_id, old.status::text,
+                    old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1
+                ),
+                (
+                    1, new.id, new.match_id, new.status::text,
+                    new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
+                )
+            ) as version (sign, id, match_id, status, a, b)
+            join public.wingman_matches as match on match.id = version.match_id
+            cross join reputation.policy
+            cross join (values (1), (2)) as one (number)
+        ) as side;""",
     ),
     "a deleted match marks nobody": (
         "reputation.match_changed()",

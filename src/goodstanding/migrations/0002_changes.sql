@@ -69,8 +69,8 @@ alter table reputation.upkeep enable row level security;
 -- The triggers' functions run in the host's own statements, so nothing in them may fail or wait: they insert, and read
 -- by index. They have row_security on, where everything else has it off: should the host put these tables' owner under
 -- policies too (FORCE ROW LEVEL SECURITY), a match may be hidden from us, and that must not become the writer's error.
--- Everybody is then marked. They call each other for two reasons: the outer one returns before it costs anything when
--- no count can change; and a trigger with a WHEN clause on columns would make the host's ALTER TABLE on them fail.
+-- Everybody is then marked. That nothing changes is found in here: a trigger with a WHEN clause on columns would make
+-- the host's ALTER TABLE on them fail.
 
 -- Mark everybody who is in one of these matches.
 create function reputation.mark_matches(match_ids uuid[]) returns void
@@ -94,18 +94,10 @@ begin
 end
 $$;
 
--- Append what a session's change from the first three values to the last three makes of its users' counts.
--- A match that is not there is being deleted in this very transaction: its own trigger marks both users.
-create function reputation.append_differences(
-    session_id uuid,
-    match_id uuid,
-    old_status text,
-    old_a boolean,
-    old_b boolean,
-    new_status text,
-    new_a boolean,
-    new_b boolean
-) returns void
+-- A session was inserted, updated or deleted: append the difference for each of its two users. In an INSERT every field
+-- of OLD is null, in a DELETE every one of NEW. A match that is not there is being deleted in this very transaction:
+-- its own trigger marks both users.
+create function reputation.session_changed() returns trigger
 language plpgsql
 volatile
 security definer
@@ -115,88 +107,75 @@ set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 as $$
 declare
-    rules reputation.policy;
     user1 uuid;
     user2 uuid;
+    version bigint;
+    completed_rule text;
+    unattributed_no_show text;
+    unattributed_cancelled text;
     verdict text;
     old1 integer;
     old2 integer;
     new1 integer;
     new2 integer;
 begin
-    select match.user1_id, match.user2_id into user1, user2
+    if tg_op = 'UPDATE' then
+        if new.match_id is distinct from old.match_id or new.id is distinct from old.id then
+            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
+            perform reputation.mark_matches(array[old.match_id, new.match_id]);
+            return null;
+        end if;
+        if new.status is not distinct from old.status
+            and new.user1_completed_confirmed_by_user2 is not distinct from old.user1_completed_confirmed_by_user2
+            and new.user2_completed_confirmed_by_user1 is not distinct from old.user2_completed_confirmed_by_user1
+        then
+            return null;
+        end if;
+    end if;
+    if coalesce(new.status::text not in ('completed', 'no_show', 'cancelled'), true)
+        and coalesce(old.status::text not in ('completed', 'no_show', 'cancelled'), true)
+    then
+        return null;
+    end if;
+    -- One look for all that is needed: starting a statement costs more than what it does.
+    select
+        match.user1_id, match.user2_id,
+        policy.version, policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled,
+        case when old.status::text in ('no_show', 'cancelled') or new.status::text in ('no_show', 'cancelled') then (
+            select newest.at_fault
+            from reputation.attributions as newest
+            where newest.session_id = coalesce(new.id, old.id)
+            order by newest.id desc
+            limit 1
+        ) end
+    into user1, user2, version, completed_rule, unattributed_no_show, unattributed_cancelled, verdict
     from public.wingman_matches as match
-    where match.id = append_differences.match_id;
-    if not found then
-        if pg_catalog.row_security_active('public.wingman_matches'::regclass) then
+    left join reputation.policy on policy.the_only
+    where match.id = coalesce(new.match_id, old.match_id);
+    -- A snapshot older than the triggers finds no policy, and nothing else that it sees is to be trusted.
+    if version is null then
+        if found or pg_catalog.row_security_active('public.wingman_matches'::regclass) then
             insert into reputation.changes default values;
         end if;
-        return;
+        return null;
     end if;
-    select policy.* into rules from reputation.policy where policy.the_only;
-    if not found then
-        -- This transaction's snapshot is older than the table, so nothing else that it sees is to be trusted.
-        insert into reputation.changes default values;
-        return;
-    end if;
-    if old_status in ('no_show', 'cancelled') or new_status in ('no_show', 'cancelled') then
-        select newest.at_fault into verdict
-        from reputation.attributions as newest
-        where newest.session_id = append_differences.session_id
-        order by newest.id desc
-        limit 1;
-    end if;
-    old1 := reputation.outcome(old_status, old_a, old_b, 1, verdict,
-        rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
-    old2 := reputation.outcome(old_status, old_b, old_a, 2, verdict,
-        rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
-    new1 := reputation.outcome(new_status, new_a, new_b, 1, verdict,
-        rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
-    new2 := reputation.outcome(new_status, new_b, new_a, 2, verdict,
-        rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
+    old1 := reputation.outcome(
+        old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
+        1, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
+    old2 := reputation.outcome(
+        old.status::text, old.user2_completed_confirmed_by_user1, old.user1_completed_confirmed_by_user2,
+        2, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
+    new1 := reputation.outcome(
+        new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1,
+        1, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
+    new2 := reputation.outcome(
+        new.status::text, new.user2_completed_confirmed_by_user1, new.user1_completed_confirmed_by_user2,
+        2, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
     -- Also when the difference is nought: it need not be so under the policy that a rebuild is just bringing in.
     insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
     values
-        (
-            user1,
-            (new1 = 1)::integer - (old1 = 1)::integer,
-            (new1 = -1)::integer - (old1 = -1)::integer,
-            rules.version
-        ),
-        (
-            user2,
-            (new2 = 1)::integer - (old2 = 1)::integer,
-            (new2 = -1)::integer - (old2 = -1)::integer,
-            rules.version
-        );
-end
-$$;
-
--- A session was inserted, updated or deleted. In an INSERT every field of OLD is null, in a DELETE every one of NEW.
-create function reputation.session_changed() returns trigger
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    if tg_op = 'UPDATE' and (new.match_id is distinct from old.match_id or new.id is distinct from old.id) then
-        -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
-        perform reputation.mark_matches(array[old.match_id, new.match_id]);
-    elsif (
-        new.status::text in ('completed', 'no_show', 'cancelled')
-        or old.status::text in ('completed', 'no_show', 'cancelled')
-    ) and (
-        new.status is distinct from old.status
-        or new.user1_completed_confirmed_by_user2 is distinct from old.user1_completed_confirmed_by_user2
-        or new.user2_completed_confirmed_by_user1 is distinct from old.user2_completed_confirmed_by_user1
-    ) then
-        perform reputation.append_differences(
-            coalesce(new.id, old.id), coalesce(new.match_id, old.match_id),
-            old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
-            new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
-        );
-    end if;
+        (user1, (new1 = 1)::integer - (old1 = 1)::integer, (new1 = -1)::integer - (old1 = -1)::integer, version),
+        (user2, (new2 = 1)::integer - (old2 = 1)::integer, (new2 = -1)::integer - (old2 = -1)::integer, version);
     return null;
 end
 $$;
