@@ -268,7 +268,7 @@ class Storm:
 
 
 async def insert_match(owner: "Connection", randomly: random.Random, match: UUID | None = None) -> None:
-    """Two users are matched."""
+    """Match two users."""
     await owner.execute(
         "insert into public.wingman_matches (id, user1_id, user2_id) values ($1, $2, $3) on conflict do nothing",
         match or randomly.choice(MATCHES),
@@ -277,7 +277,7 @@ async def insert_match(owner: "Connection", randomly: random.Random, match: UUID
 
 
 async def insert_session(owner: "Connection", randomly: random.Random, session: UUID | None = None) -> None:
-    """A session is booked, or arrives from elsewhere in any state."""
+    """Book a session, or let one arrive from elsewhere in any state."""
     await owner.execute(
         "insert into public.wingman_sessions (id, match_id, status, user1_completed_confirmed_by_user2,"
         " user2_completed_confirmed_by_user1) values ($1, $2, $3, $4, $5) on conflict do nothing",
@@ -290,7 +290,7 @@ async def insert_session(owner: "Connection", randomly: random.Random, session: 
 
 
 async def copy_sessions(owner: "Connection", randomly: random.Random) -> None:
-    """Sessions arrive in bulk."""
+    """Let sessions arrive in bulk."""
     await owner.copy_records_to_table(
         "wingman_sessions",
         schema_name="public",
@@ -303,7 +303,7 @@ async def copy_sessions(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def change_status(owner: "Connection", randomly: random.Random) -> None:
-    """A session comes to its end, or is corrected."""
+    """Bring a session to its end, or correct it."""
     await owner.execute(
         "update public.wingman_sessions set status = $2 where id = $1",
         randomly.choice(SESSIONS),
@@ -312,7 +312,7 @@ async def change_status(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def change_flags(owner: "Connection", randomly: random.Random) -> None:
-    """Somebody confirms somebody, or takes it back."""
+    """Confirm somebody, or take it back."""
     await owner.execute(
         "update public.wingman_sessions set user1_completed_confirmed_by_user2 = $2,"
         " user2_completed_confirmed_by_user1 = $3, notes = 'x' where id = $1",
@@ -323,7 +323,7 @@ async def change_flags(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def change_many(owner: "Connection", randomly: random.Random) -> None:
-    """A job ends many sessions at once."""
+    """End many sessions at once, as a job does."""
     await owner.execute(
         "update public.wingman_sessions set status = $1 where status = $2",
         randomly.choice(STATUSES),
@@ -332,7 +332,7 @@ async def change_many(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def move_session(owner: "Connection", randomly: random.Random) -> None:
-    """A session moves to another match."""
+    """Move a session to another match."""
     await owner.execute(
         "update public.wingman_sessions set match_id = $2, status = coalesce($3, status) where id = $1",
         randomly.choice(SESSIONS),
@@ -342,17 +342,17 @@ async def move_session(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def rename_session(owner: "Connection", randomly: random.Random) -> None:
-    """A session gets another id, and with it another's verdicts."""
+    """Give a session another id, and with it another's verdicts."""
     await owner.execute("update public.wingman_sessions set id = $2 where id = $1", *randomly.sample(SESSIONS, 2))
 
 
 async def delete_session(owner: "Connection", randomly: random.Random) -> None:
-    """A session is deleted."""
+    """Delete a session."""
     await owner.execute("delete from public.wingman_sessions where id = $1", randomly.choice(SESSIONS))
 
 
 async def rewrite_match(owner: "Connection", randomly: random.Random) -> None:
-    """A match's users are rewritten."""
+    """Rewrite a match's users."""
     user1, user2 = randomly.sample(USERS, 2)
     await owner.execute(
         "update public.wingman_matches set user1_id = $2, user2_id = $3 where id = $1",
@@ -363,34 +363,34 @@ async def rewrite_match(owner: "Connection", randomly: random.Random) -> None:
 
 
 async def delete_match(owner: "Connection", randomly: random.Random) -> None:
-    """A match goes, and its sessions with it."""
+    """Delete a match, and its sessions with it."""
     await owner.execute("delete from public.wingman_matches where id = $1", randomly.choice(MATCHES))
 
 
 async def insert_user(owner: "Connection", randomly: random.Random) -> None:
-    """A user signs up, perhaps again."""
+    """Sign a user up, perhaps again."""
     await owner.execute(
         "insert into public.user_profiles (id) values ($1) on conflict do nothing", randomly.choice(USERS)
     )
 
 
 async def delete_user(owner: "Connection", randomly: random.Random) -> None:
-    """A user goes, with all matches and sessions."""
+    """Delete a user, with all matches and sessions."""
     await owner.execute("delete from public.user_profiles where id = $1", randomly.choice(USERS))
 
 
 async def rename_user(owner: "Connection", randomly: random.Random) -> None:
-    """A user without matches gets another id."""
+    """Give a user without matches another id."""
     await owner.execute("update public.user_profiles set id = $2 where id = $1", *randomly.sample(USERS, 2))
 
 
 async def attribute(owner: "Connection", randomly: random.Random) -> None:
-    """A verdict is recorded."""
+    """Record a verdict."""
     await owner.execute(QUERIES["attribute"], randomly.choice(SESSIONS), randomly.choice(FAULTS), "seen", "support")
 
 
 async def truncate(owner: "Connection", randomly: random.Random) -> None:
-    """A table is emptied."""
+    """Empty a table."""
     await owner.execute(
         randomly.choice(("truncate public.wingman_sessions", "truncate public.wingman_matches cascade"))
     )

@@ -83,7 +83,7 @@ async def test_the_owner_who_is_no_superuser_can_install(bare_database: Database
         "the database is up to date",
     ] == told
     async with bare_database.owner() as owner:
-        assert [(1, "sessions")] == [
+        assert [(1, "sessions"), (2, "changes")] == [
             tuple(row) for row in await owner.fetch("select version, name from reputation.migrations")
         ]
         assert await owner.fetchval("select not rolsuper from pg_roles where rolname = current_user")

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from goodstanding import tallies
+from goodstanding.history import QUERIES
 from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 
 from .conftest import Database
+from .test_changes_sql import settled
 
 if TYPE_CHECKING:
     from .conftest import Connection
@@ -122,3 +125,66 @@ async def test_covering_indexes_answer_without_the_tables(database: Database) ->
     assert {"user_profiles_pkey", *COVERING} == _indexes(nodes)
     assert {"Index Only Scan"} == {node["Node Type"] for node in nodes if "Index Name" in node}
     assert {0} == {node["Heap Fetches"] for node in nodes if "Heap Fetches" in node}
+
+
+TOUCHED = """
+select relname::text, coalesce(seq_scan, 0), coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0)
+from pg_stat_xact_user_tables
+"""
+BACKLOG = """
+insert into reputation.changes (user_id, policy_version)
+select md5('user' || 1 + n % 400)::uuid, (select version from reputation.policy) from generate_series(1, 5000) as n;
+"""
+
+
+async def touched(owner: "Connection", query: str, *values: object) -> dict[str, tuple[int, int]]:
+    """Run a query and give, for each table that it looked into, the number of scans of the whole, and of rows."""
+    async with owner.transaction():
+        before = {name: (scans, rows) for name, scans, rows in await owner.fetch(TOUCHED)}
+        await owner.fetch(query, *values)
+        after = {name: (scans, rows) for name, scans, rows in await owner.fetch(TOUCHED)}
+    differences = {
+        name: (after[name][0] - before.get(name, (0, 0))[0], after[name][1] - before.get(name, (0, 0))[1])
+        for name in after
+    }
+    return {name: difference for name, difference in differences.items() if difference != (0, 0)}
+
+
+@pytest.mark.parametrize("statistics", ["fresh", "absent"])
+async def test_a_tallied_user_costs_the_same_however_long_the_history(database: Database, statistics: str) -> None:
+    """A read looks up a tally and the user's own pending changes; no session, and nobody else's changes."""
+    async with database.owner() as owner:
+        await owner.execute(CROWD)
+        await settled(owner)
+        await owner.execute(BACKLOG)
+        await owner.execute(
+            "update public.wingman_sessions set status = 'completed' where match_id = md5('match498')::uuid"
+        )
+        if statistics == "fresh":
+            await owner.execute("analyze")
+        someone = await owner.fetchval("select md5('user499')::uuid")
+        looked = await touched(owner, QUERIES["counts"], [someone], *STANDARD.meaning)
+    assert {"changes", "policy", "tallies", "user_profiles"} == set(looked)
+    for table, (scanned, rows) in looked.items():
+        assert (0, True) == (scanned, rows <= 2), table
+
+
+async def test_a_fold_reads_what_it_folds(database: Database) -> None:
+    """A batch of ten touches ten changes and their users' tallies, however many wait."""
+    async with database.owner() as owner:
+        await owner.execute(CROWD)
+        await settled(owner)
+        await owner.execute(BACKLOG)
+        looked = await touched(owner, tallies.QUERIES["fold"], 10)
+    for table, (scanned, rows) in looked.items():
+        assert (0, True) == (scanned, rows <= 30), table
+
+
+async def test_a_trigger_looks_up_one_match(database: Database) -> None:
+    """A session's change costs the host's writer a few rows by index, whatever the statistics say."""
+    async with database.owner() as owner:
+        await owner.execute(CROWD)
+        session = await owner.fetchval("select id from public.wingman_sessions where status = 'no_show' limit 1")
+        looked = await touched(owner, "update public.wingman_sessions set status = 'cancelled' where id = $1", session)
+    assert (0, 1) == looked["wingman_matches"]
+    assert (0, True) == (looked["attributions"][0], looked["attributions"][1] <= 1)

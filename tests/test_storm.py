@@ -59,7 +59,10 @@ PLANTED = {
         """
         insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
         select
-            side.user_id, (side.outcome = 1)::integer * side.sign, (side.outcome = -1)::integer * side.sign, side.version
+            side.user_id,
+            (side.outcome = 1)::integer * side.sign,
+            (side.outcome = -1)::integer * side.sign,
+            side.version
         from (
             select
                 version.sign,

@@ -1,4 +1,4 @@
-"""A connection for the operator's commands, as the owner of the host app's tables, and errors that a person can read."""
+"""A connection as the owner of the host app's tables, and errors that a person can read."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +15,18 @@ Report = Callable[[str], None]
 """Receives one line per step, for people."""
 
 _CONNECT_SECONDS: Final = 10.0
+_MENDABLE: Final = {
+    (asyncpg.InsufficientPrivilegeError,): "this login lacks a right: it must be the owner of the host's tables",
+    (
+        asyncpg.InvalidAuthorizationSpecificationError,
+        asyncpg.InvalidCatalogNameError,
+    ): "PostgreSQL refused the login or knows no such database",
+    (
+        asyncpg.InvalidSchemaNameError,
+        asyncpg.UndefinedTableError,
+        asyncpg.UndefinedFunctionError,
+    ): "this database is not migrated: run goodstanding migrate",
+}
 
 
 @asynccontextmanager
@@ -47,18 +59,13 @@ def silent(_: str) -> None:
 
 def _explained(error: Exception) -> Exception:
     """Turn a database's failure into one line for the operator, without the text of a query or an address."""
-    if isinstance(error, asyncpg.PostgresError):
-        if error.sqlstate == "GS001":
-            return ConfigurationError(str(error.args[0]))
-        if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            return ConfigurationError("this login lacks a right: it must be the owner of the host's tables")
-        if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidCatalogNameError):
-            return ConfigurationError("PostgreSQL refused the login or knows no such database")
-        if isinstance(
-            error, asyncpg.InvalidSchemaNameError | asyncpg.UndefinedTableError | asyncpg.UndefinedFunctionError
-        ):
-            return ConfigurationError("this database is not migrated: run goodstanding migrate")
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            return TemporarilyUnavailableError("PostgreSQL ended the connection.")
-        return ConfigurationError(f"PostgreSQL refused a step (SQLSTATE {error.sqlstate})")
-    return TemporarilyUnavailableError("PostgreSQL cannot be reached.")
+    if not isinstance(error, asyncpg.PostgresError):
+        return TemporarilyUnavailableError("PostgreSQL cannot be reached.")
+    if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
+        return TemporarilyUnavailableError("PostgreSQL ended the connection.")
+    if error.sqlstate == "GS001":
+        return ConfigurationError(str(error.args[0]))
+    for kinds, message in _MENDABLE.items():
+        if isinstance(error, kinds):
+            return ConfigurationError(message)
+    return ConfigurationError(f"PostgreSQL refused a step (SQLSTATE {error.sqlstate})")
