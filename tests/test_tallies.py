@@ -61,13 +61,16 @@ async def test_a_fold_moves_a_change_from_pending_to_tally(database: Database) -
         assert tallies.Folded(0, everybody=False, users=(), oldest=None) == await tallies.fold(relay, 1000)
 
 
-async def test_a_fold_takes_the_oldest_and_no_more_than_it_is_told(database: Database) -> None:
-    """A batch bounds it; what is left stays pending."""
+async def test_a_fold_goes_round_and_takes_no_more_than_it_is_told(database: Database) -> None:
+    """A batch bounds it, what is left stays pending, and whoever comes in front of it waits for the next round."""
     async with database.owner() as owner:
         await settled(owner)
         users = [await database.add_user() for _ in range(5)]
-        assert set(users[:3]) == set((await tallies.fold(owner, 3)).users)
-        assert set(users[3:]) == set((await tallies.fold(owner, 3)).users)
+        first = await tallies.fold(owner, 3)
+        assert (3, sorted(users)[:3]) == (first.changes, sorted(first.users))
+        await owner.execute(tallies.QUERIES["mark"], sorted(users)[0])
+        assert {sorted(users)[0], *sorted(users)[3:]} == set((await tallies.fold(owner, 3)).users)
+        assert 0 == (await tallies.fold(owner, 3)).changes
 
 
 async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_have_ended(database: Database) -> None:

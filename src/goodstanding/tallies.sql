@@ -1,7 +1,7 @@
 -- What keeps the tallies, by name. The first three are the service's; the others need the tables' owner.
 
 -- name: fold
--- Fold the oldest pending changes; commit once nobody can be served what was known before.
+-- Fold pending changes; commit once nobody can be served what was known before.
 select folded, everybody, user_ids, oldest from reputation.fold($1::integer)
 
 -- name: recount

@@ -21,9 +21,8 @@ values ('any', 'unconfirmed', 'nobody');
 
 -- Appended by the triggers in the writers' own transactions. user_id null: everybody.
 -- policy_version null: a mark, "count the user again"; else the version under which the two differences were computed.
--- No foreign key and no unique index that a writer could wait for.
+-- No key, foreign or primary: there is nothing that a writer could wait for, and one index is all that it pays for.
 create table reputation.changes (
-    id bigint generated always as identity primary key,
     user_id uuid,
     completed_delta smallint not null default 0,
     no_show_delta smallint not null default 0,
@@ -31,6 +30,8 @@ create table reputation.changes (
     changed_at timestamptz not null default clock_timestamp()
 );
 create index changes_user on reputation.changes (user_id);
+-- Without a key, a publication FOR ALL TABLES would refuse the deletes.
+alter table reputation.changes replica identity full;
 
 create table reputation.tallies (
     user_id uuid primary key,
@@ -51,12 +52,14 @@ create index recounts_generation on reputation.recounts (generation);
 -- and no read ever touches it.
 -- generation: the newest barrier; waiting_for: the transactions that it still waits for (none: it has passed).
 -- counting: everybody is being counted, in the order of the ids; counted_to: up to here that is done.
+-- folded_to: the last user of the last full batch; the next one goes on from there, so nobody waits for two rounds.
 create table reputation.upkeep (
     the_only boolean primary key default true check (the_only),
     generation bigint not null default 0,
     waiting_for text[] not null default '{}',
     counting boolean not null default false,
-    counted_to uuid
+    counted_to uuid,
+    folded_to uuid not null default '00000000-0000-0000-0000-000000000000'
 );
 insert into reputation.upkeep default values;
 
@@ -119,22 +122,20 @@ declare
     new1 integer;
     new2 integer;
 begin
-    if tg_op = 'UPDATE' then
-        if new.match_id is distinct from old.match_id or new.id is distinct from old.id then
-            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
-            perform reputation.mark_matches(array[old.match_id, new.match_id]);
-            return null;
-        end if;
-        if new.status is not distinct from old.status
-            and new.user1_completed_confirmed_by_user2 is not distinct from old.user1_completed_confirmed_by_user2
-            and new.user2_completed_confirmed_by_user1 is not distinct from old.user2_completed_confirmed_by_user1
-        then
-            return null;
-        end if;
+    -- Few and simple conditions: each expression is made ready anew in every transaction.
+    if tg_op = 'UPDATE' and (new.match_id <> old.match_id or new.id <> old.id) then
+        -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
+        perform reputation.mark_matches(array[old.match_id, new.match_id]);
+        return null;
     end if;
-    if coalesce(new.status::text not in ('completed', 'no_show', 'cancelled'), true)
-        and coalesce(old.status::text not in ('completed', 'no_show', 'cancelled'), true)
-    then
+    if coalesce(
+        new.status::text not in ('completed', 'no_show', 'cancelled')
+        and old.status::text not in ('completed', 'no_show', 'cancelled')
+        or new.status = old.status
+        and new.user1_completed_confirmed_by_user2 is not distinct from old.user1_completed_confirmed_by_user2
+        and new.user2_completed_confirmed_by_user1 is not distinct from old.user2_completed_confirmed_by_user1,
+        coalesce(new.status, old.status)::text not in ('completed', 'no_show', 'cancelled')
+    ) then
         return null;
     end if;
     -- One look for all that is needed: starting a statement costs more than what it does.
@@ -429,7 +430,8 @@ begin
 end
 $$;
 
--- Fold at most `batch` pending changes, the oldest first, into the tallies; say whose counts they concern.
+-- Fold `batch` pending changes, in rounds through the users, and as many of those that concern everybody or begin the
+-- next round, into the tallies; say whose counts they concern.
 -- Call it in a transaction of its own, READ COMMITTED, and commit when nobody can still serve what was known before:
 -- until then every read sees the changes as pending. everybody: some concerned all users.
 create function reputation.fold(batch integer)
@@ -446,8 +448,9 @@ set enable_mergejoin = off
 set jit = off
 as $$
 declare
+    state reputation.upkeep;
     present bigint;
-    newest bigint;
+    ahead tid[];
     again boolean;
 begin
     if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
@@ -457,16 +460,39 @@ begin
         return query select 0::bigint, false, '{}'::uuid[], null::timestamptz;
         return;
     end if;
-    select upkeep.generation into newest from reputation.upkeep where upkeep.the_only for no key update;
+    select upkeep.* into state from reputation.upkeep where upkeep.the_only for no key update;
     -- A caller that freezes before its commit must not hold up whoever takes its place.
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.version into strict present from reputation.policy where policy.the_only;
+    ahead := array(
+        select pending.ctid from reputation.changes as pending
+        where pending.user_id >= state.folded_to
+        order by pending.user_id
+        limit greatest(1, fold.batch)
+    );
+    if pg_catalog.cardinality(ahead) = greatest(1, fold.batch) then
+        update reputation.upkeep set folded_to = last.user_id
+        from reputation.changes as last
+        where upkeep.the_only and last.ctid = ahead[pg_catalog.cardinality(ahead)];
+    elsif state.folded_to <> '00000000-0000-0000-0000-000000000000' then
+        update reputation.upkeep set folded_to = default where upkeep.the_only;
+    end if;
     with taken as (
         delete from reputation.changes as change
-        using (
-            select pending.id from reputation.changes as pending order by pending.id limit greatest(1, fold.batch)
-        ) as next_in_turn
-        where change.id = next_in_turn.id
+        where change.ctid = any (
+            ahead
+            || array(
+                select behind.ctid from reputation.changes as behind
+                where behind.user_id < state.folded_to
+                order by behind.user_id
+                limit greatest(1, fold.batch) - pg_catalog.cardinality(ahead)
+            )
+            || array(
+                select everybodys.ctid from reputation.changes as everybodys
+                where everybodys.user_id is null
+                limit greatest(1, fold.batch)
+            )
+        )
         returning change.*
     ),
     summed as (
@@ -489,7 +515,7 @@ begin
     marked as (
         -- The barrier of the next generation is raised later than now, so after the marks' own transactions ended.
         insert into reputation.recounts as later (user_id, generation)
-        select summed.user_id, newest + 1 from summed where summed.marked and summed.user_id is not null
+        select summed.user_id, state.generation + 1 from summed where summed.marked and summed.user_id is not null
         on conflict on constraint recounts_pkey do update set generation = excluded.generation
     )
     select
