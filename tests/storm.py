@@ -290,14 +290,16 @@ async def insert_session(owner: "Connection", randomly: random.Random, session: 
 
 
 async def copy_sessions(owner: "Connection", randomly: random.Random) -> None:
-    """Let sessions arrive in bulk."""
+    """Let sessions arrive in bulk, in the place of others."""
+    sessions = randomly.sample(SESSIONS, 3)
+    await owner.execute("delete from public.wingman_sessions where id = any ($1)", sessions)
     await owner.copy_records_to_table(
         "wingman_sessions",
         schema_name="public",
         columns=("id", "match_id", "status", "user1_completed_confirmed_by_user2"),
         records=[
             (session, randomly.choice(MATCHES), randomly.choice(STATUSES), randomly.choice(FLAGS))
-            for session in randomly.sample(SESSIONS, 3)
+            for session in sessions
         ],
     )
 
@@ -391,6 +393,7 @@ async def attribute(owner: "Connection", randomly: random.Random) -> None:
 
 async def truncate(owner: "Connection", randomly: random.Random) -> None:
     """Empty a table."""
+    await owner.execute("set local lock_timeout = '200ms'")
     await owner.execute(
         randomly.choice(("truncate public.wingman_sessions", "truncate public.wingman_matches cascade"))
     )
@@ -413,7 +416,7 @@ _FREQUENCIES: Final[Sequence[tuple[Any, int]]] = (
     (delete_user, 8),
     (rename_user, 5),
     (attribute, 80),
-    (truncate, 1),
+    (truncate, 3),
 )
 OPERATIONS: Final = [operation for operation, _ in _FREQUENCIES]
 WILD: Final = [weight for _, weight in _FREQUENCIES]

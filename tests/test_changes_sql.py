@@ -25,7 +25,8 @@ async def appended(owner: "Connection | asyncpg.Connection[asyncpg.Record]") -> 
     """Give what was appended since the last call: user, two differences, whether it is a mark."""
     rows = await owner.fetch(
         "with gone as (delete from reputation.changes returning *)"
-        " select user_id::text, completed_delta, no_show_delta, policy_version is null from gone order by user_id, changed_at"
+        " select user_id::text, completed_delta, no_show_delta, policy_version is null"
+        " from gone order by user_id, changed_at"
     )
     return [tuple(row) for row in rows]
 
