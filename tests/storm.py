@@ -100,6 +100,8 @@ async def recounted(connection: "Connection", policy: ReputationPolicy) -> dict[
 async def compare(connection: "Connection", policy: ReputationPolicy) -> None:
     """Compare everybody's counts with a recount in one snapshot; raises DifferenceError."""
     async with connection.transaction(isolation="repeatable_read"):
+        # Before the snapshot: a table that is emptied after it looks empty in it (TRUNCATE works on old snapshots too).
+        await connection.execute("lock table user_profiles, wingman_matches, wingman_sessions in access share mode")
         expected = await recounted(connection, policy)
         everybody = {*USERS, *expected}
         read = {

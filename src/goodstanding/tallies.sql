@@ -34,6 +34,10 @@ select count(*) from public.user_profiles
 -- What the tallies mean.
 select completed_rule, unattributed_no_show, unattributed_cancelled from reputation.policy
 
+-- name: hold
+-- Keep the host's tables from being emptied or altered until the transaction ends; nothing else waits for it.
+lock table public.user_profiles, public.wingman_matches, public.wingman_sessions in access share mode
+
 -- name: compare
 -- The next users in the order of their ids whose tally, with what is pending, is compared with a recount.
 with checked as (
