@@ -110,8 +110,8 @@ async def test_a_database_without_the_schema(bare_database: Database) -> None:
 @pytest.mark.parametrize(
     ("comment", "message"),
     [
-        ("Goodstanding, version 0", "version 0, this program needs 1: run goodstanding migrate"),
-        ("Goodstanding, version 99", "version 99 is newer than this program's 1: upgrade the program"),
+        ("Goodstanding, version 0", "version 0, this program needs 2: run goodstanding migrate"),
+        ("Goodstanding, version 99", "version 99 is newer than this program's 2: upgrade the program"),
         ("something else", "the schema reputation is not this product's, or its comment was changed"),
     ],
 )
@@ -134,7 +134,8 @@ async def test_a_login_without_the_role(database: Database) -> None:
             )
         ] == await about("rights", checked)
         await owner.execute("revoke usage on schema reputation from goodstanding_service")
-    functions = "reputation.counts, reputation.attribute, reputation.most_active"
+    names = ("counts", "attribute", "most_active", "read_counts", "fold", "recount", "status")
+    functions = ", ".join(f"reputation.{name}" for name in names)
     assert [("failure", f"{SERVICE} cannot call {functions}: grant goodstanding_service to {SERVICE}")] == await about(
         "rights", checked
     )

@@ -718,4 +718,6 @@ grant execute on function
     reputation.status(text, text, text)
 to goodstanding_service;
 
+comment on schema reputation is 'Goodstanding, version 2';
+
 insert into reputation.migrations (version, name) values (2, 'changes');
