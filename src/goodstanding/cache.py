@@ -7,13 +7,14 @@ value and lease together, so a load that began before an invalidation can never 
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from importlib.resources import files
 from typing import Any, Final, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -26,7 +27,7 @@ from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
 from goodstanding.errors import CacheAwayError
 from goodstanding.metrics import CACHE_REJECTED
 from goodstanding.tasks import Spawn, background
-from goodstanding.wire import ClusterWire, Command, Wire, within
+from goodstanding.wire import ClusterWire, Command, Subscription, Wire, open_writer, within
 
 PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5
@@ -42,6 +43,8 @@ _MOST_PROBE_KEYS: Final = 1000
 _SCRIPTS: Final = files("goodstanding")
 _FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
 _RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
+_VOUCH: Final = _SCRIPTS.joinpath("vouch.lua").read_text("utf-8")
+_USERS_A_MESSAGE: Final = 500
 _OURS: Final = re.compile(rb"reputation:user:[0-9a-f-]{36}|\{reputation:user:[0-9a-f-]{36}\}:(?:lease|good)")
 
 
@@ -108,29 +111,54 @@ class RedisCache:
     All commands that are issued in one loop tick travel as one round trip.
     """
 
-    def __init__(
-        self, client: "Redis | RedisCluster", spawn: Spawn, *, deadline: float, policy: str, lives: Lives
+    def __init__(  # noqa: PLR0913 - one wiring, all by name
+        self,
+        client: "Redis | RedisCluster",
+        spawn: Spawn,
+        *,
+        deadline: float,
+        policy: str,
+        lives: Lives,
+        oldest: Callable[[], datetime | None],
     ) -> None:
         self._client = client
         self._deadline = deadline
         self._policy = policy
         self._lives = lives
+        self._oldest = oldest
+        self._subscription: Subscription | None = None
+        # A server's databases share their channels, and another database is another app's.
+        pool = getattr(client, "connection_pool", None)
+        self._channel = f"goodstanding:{(pool.connection_kwargs.get('db') if pool is not None else None) or 0}"
         self._breaker = Breaker("redis")
         self._closed = False
         self._wire: Wire | ClusterWire
         if isinstance(client, RedisCluster):
             self._wire = ClusterWire(client, self._breaker, spawn, deadline=deadline)
         else:
-            self._wire = Wire(client.connection_pool, self._breaker, spawn, deadline=deadline)
+            self._wire = Wire(
+                client.connection_pool, self._breaker, spawn, deadline=deadline, connected=self._resubscribe
+            )
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, *, deadline: float, policy: str, lives: Lives) -> AsyncIterator[Self]:
-        """Open the cache; `deadline` in seconds. A Redis that is away now is only noted: it may come back."""
+    async def open(
+        cls,
+        url: str,
+        *,
+        deadline: float,
+        policy: str,
+        lives: Lives,
+        oldest: Callable[[], datetime | None] = lambda: None,
+    ) -> AsyncIterator[Self]:
+        """Open the cache; `deadline` in seconds. A Redis that is away now is only noted: it may come back.
+
+        Values that were computed before `oldest()` are misses.
+        """
         client = connect(url, deadline=deadline)
         try:
             async with background() as spawn:
-                cache = cls(client, spawn, deadline=deadline, policy=policy, lives=lives)
+                cache = cls(client, spawn, deadline=deadline, policy=policy, lives=lives, oldest=oldest)
                 try:
                     await cache.probe()
                 except CacheAwayError:
@@ -155,8 +183,9 @@ class RedisCache:
     async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
         """Read value and lease of each user in one round trip."""
         replies = await self._send([("MGET", value_key(user), lease_key(user)) for user in user_ids])
+        oldest = self._oldest()
         return [
-            Fetched(self._accept(value, user), None if lease is None else lease.decode("ascii", "replace"))
+            Fetched(self._accept(value, user, oldest), None if lease is None else lease.decode("ascii", "replace"))
             for user, (value, lease) in zip(user_ids, replies, strict=True)
         ]
 
@@ -211,8 +240,14 @@ class RedisCache:
         await self._send([("EVAL", _RELEASE, 1, lease_key(user), token) for user in user_ids])
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
-        """Drop value, lease and last known good copy of each user, atomically per user."""
-        await self._send([("DEL", value_key(user), lease_key(user), last_good_key(user)) for user in user_ids])
+        """Drop value, lease and last known good copy of each user, atomically per user, and then tell every process."""
+        await self._in_order(
+            [("DEL", value_key(user), lease_key(user), last_good_key(user)) for user in user_ids],
+            [
+                ("PUBLISH", self._channel, " ".join(("changed", *user_ids[start : start + _USERS_A_MESSAGE])))
+                for start in range(0, len(user_ids), _USERS_A_MESSAGE)
+            ],
+        )
 
     async def invalidate_all(self) -> int:
         """Drop every user's keys with SCAN and UNLINK, a thousand at a time; never KEYS, never FLUSH.
@@ -221,7 +256,63 @@ class RedisCache:
         so that the second pass misses nothing.
         """
         await self._unlink_matching(f"{{{PREFIX}*}}:lease")
-        return await self._unlink_matching(f"*{PREFIX}*")
+        dropped = await self._unlink_matching(f"*{PREFIX}*")
+        await self.say("all")
+        return dropped
+
+    async def say(self, message: str) -> None:
+        """Tell every process that listens."""
+        await self._send([("PUBLISH", self._channel, message)])
+
+    async def say_vouched(self, message: str) -> None:
+        """Tell every process, and only from a Redis that has lost no invalidation: one that may have is emptied first.
+
+        One that was restarted, or a replica that was promoted, may have again what was dropped. So each server holds
+        the name of its own run: another run is not the one that is written there. Raises CacheAwayError.
+        """
+        keys = [f"{{{key}}}:run" for key in self._probe_keys()]
+        doubted = await self._vouch(keys, "", message)
+        if doubted:
+            await self.invalidate_all()
+            for run in set(doubted.values()):
+                await self._vouch([key for key in keys if doubted.get(key) == run], run, "")
+            if await self._vouch(keys, "", message):
+                raise CacheAwayError
+
+    async def _vouch(self, keys: Sequence[str], run: str, message: str) -> dict[str, str]:
+        """Ask each server whether its run is vouched for, and the last to say the message; gives the doubted runs."""
+        doubted: dict[str, str] = {}
+        *others, last = keys
+        for asked, said in ((others, ""), ([last], message)):
+            replies = await self._send([("EVAL", _VOUCH, 1, key, run, self._channel, said) for key in asked])
+            doubted |= {key: reply.decode() for key, reply in zip(asked, replies, strict=True) if reply != 1}
+            if doubted:
+                break
+        return doubted
+
+    @asynccontextmanager
+    async def subscription(self, receive: Callable[[bytes], None]) -> AsyncIterator[Subscription]:
+        """Listen to what every process is told; raises CacheAwayError. One at a time.
+
+        It ends whenever the connection of the commands is made anew: Redis may be another one since then.
+        """
+        if self._closed or not self._breaker.closed:
+            raise CacheAwayError
+        try:
+            writer = await open_writer(self._listening_pool(), deadline=self._deadline)
+        except Exception as error:
+            raise CacheAwayError from error
+        self._subscription = Subscription(writer, self._channel, receive)
+        try:
+            try:
+                async with within(self._deadline):
+                    await self._subscription.wait_until_confirmed()
+            except TimeoutError as error:
+                raise CacheAwayError from error
+            yield self._subscription
+        finally:
+            self._subscription.close()
+            self._subscription = None
 
     async def add(self, increments: Mapping[str, int], ttl_seconds: int) -> Mapping[str, int]:
         """Add to shared counters; each lives `ttl_seconds` after its last change."""
@@ -247,6 +338,17 @@ class RedisCache:
                 self._breaker.failed()
             raise CacheAwayError from error
 
+    def _resubscribe(self) -> None:
+        if self._subscription is not None:
+            self._subscription.close()
+
+    def _listening_pool(self) -> ConnectionPool:
+        if not isinstance(self._client, RedisCluster):
+            return self._client.connection_pool
+        # Any node will do: in a Cluster a message reaches all of them.
+        node = self._client.get_random_node()
+        return ConnectionPool(connection_class=node.connection_class, **node.connection_kwargs)
+
     def _probe_keys(self) -> Sequence[str]:
         """Give a key for every server that takes writes: of a Cluster, one for each primary."""
         if not isinstance(self._client, RedisCluster):
@@ -261,17 +363,19 @@ class RedisCache:
                 break
         return [*keys.values()]
 
-    def _accept(self, text: bytes | None, user_id: UserId) -> Entry | None:
+    def _accept(self, text: bytes | None, user_id: UserId, oldest: datetime | None = None) -> Entry | None:
         if text is None:
             return None
         entry = decode(text, user_id=user_id, policy=self._policy)
         if isinstance(entry, Rejection):
             CACHE_REJECTED.labels(entry.value).inc()
             return None
-        return entry
+        return None if oldest is not None and entry.computed_at < oldest else entry
 
     def _is_served(self, text: bytes, user_id: UserId) -> bool:
-        return isinstance(decode(text, user_id=user_id, policy=self._policy), Entry)
+        entry = decode(text, user_id=user_id, policy=self._policy)
+        oldest = self._oldest()
+        return isinstance(entry, Entry) and (oldest is None or entry.computed_at >= oldest)
 
     async def _unlink_matching(self, pattern: str) -> int:
         dropped = 0
@@ -296,6 +400,14 @@ class RedisCache:
         keys = list(keys)
         replies = await self._send([("UNLINK", key) for key in keys])
         return sum(int(reply) for key, reply in zip(keys, replies, strict=True) if not key.startswith(b"{"))
+
+    async def _in_order(self, first: Sequence[Command], then: Sequence[Command]) -> None:
+        """Carry out some commands before others; on one connection one round trip does that."""
+        if isinstance(self._client, RedisCluster):
+            await self._send(first)
+            await self._send(then)
+        else:
+            await self._send([*first, *then])
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
         """Hand commands to the next round trip and wait for their replies, in order."""

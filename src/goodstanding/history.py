@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
@@ -40,6 +41,22 @@ def named_queries(text: str) -> dict[str, str]:
 
 
 QUERIES: Final = named_queries((files("goodstanding") / "queries.sql").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class TallyStatus:
+    """How the tallies are.
+
+    `tracked`: every trigger is there; `same_policy`: they mean what the asker's policy means; when one of the two is
+    false, every load recounts. `counting`: everybody is being counted; `waiting`: somebody is to be recounted;
+    `pending`: changes wait to be folded.
+    """
+
+    tracked: bool
+    same_policy: bool
+    counting: bool
+    waiting: bool
+    pending: bool
 
 
 class SessionHistory:
@@ -118,6 +135,11 @@ class SessionHistory:
         """
         rows = await self._fetch("most_active", how_many, deadline=_MOST_ACTIVE_SECONDS)
         return [UserId(str(row["user_id"])) for row in rows]
+
+    async def status(self, policy: ReputationPolicy) -> TallyStatus:
+        """Tell how the tallies are, seen from a policy; raises TemporarilyUnavailableError."""
+        (row,) = await self._fetch("status", *policy.meaning)
+        return TallyStatus(*row)
 
     async def ping(self) -> None:
         """Raise TemporarilyUnavailableError unless counts could be answered now."""

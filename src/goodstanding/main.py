@@ -1,15 +1,18 @@
 """The wiring: settings -> cache, history, service, routes -> an application. Nothing else builds these together."""
 
+import asyncio
 import gc
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
+import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -18,16 +21,22 @@ from starlette.exceptions import HTTPException
 from goodstanding import logs
 from goodstanding.api import ContractRoute, OwnRoute, Runtime, build_router, problem, problem_of_http
 from goodstanding.auth import Authenticator, KeySet
+from goodstanding.broadcast import Announcer, Broadcast, Freshness, Heard, hear_redis
 from goodstanding.cache import Cache, RedisCache
+from goodstanding.changes import NotifyPublisher, RedisPublisher, Relay, SessionLedger
 from goodstanding.entry import Lives
-from goodstanding.errors import ConfigurationError, InvalidInputError
+from goodstanding.errors import ConfigurationError, InvalidInputError, TemporarilyUnavailableError
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
-from goodstanding.memory import MemoryCache
+from goodstanding.memory import MemoryCache, MemoryTier
 from goodstanding.metrics import forget_ended_processes
+from goodstanding.policy import ReputationPolicy
 from goodstanding.reputation_service import ReputationService
 from goodstanding.settings import Settings, load_settings
-from goodstanding.tasks import background
+from goodstanding.tasks import background, check_cancelled
+
+_log = structlog.get_logger("goodstanding")
+_ASK_AGAIN_SECONDS: Final = 1.0
 
 
 def utc_now() -> datetime:
@@ -42,11 +51,17 @@ class Opened:
     service: ReputationService
     history: SessionHistory
     counters: SharedCounters | None
+    freshness: Freshness
+    heard: list[Heard]
+    """Called with whose counts changed, as long as the service is open; more may be added."""
 
 
 @asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[Opened]:
-    """Open the service that the settings describe; a dependency that is away now may come later."""
+async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterator[Opened]:
+    """Open the service that the settings describe; a dependency that is away now may come later.
+
+    With `live` its caches follow every change. Without, as for a command that ends at once, they hold what they hold.
+    """
     policy = settings.reputation_policy()
     lives = Lives(
         value=settings.cache_ttl_seconds * 1000,
@@ -54,18 +69,39 @@ async def open_service(settings: Settings) -> AsyncIterator[Opened]:
         last_good=settings.stale_ttl_seconds * 1000,
         lease=settings.load_deadline_ms,
     )
+    freshness = Freshness(clock=utc_now)
+    oldest = freshness.oldest if live else lambda: None
+    heard: list[Heard] = []
+    announcer = Announcer()
     async with AsyncExitStack() as stack:
         cache: Cache
-        counters: SharedCounters | None = None
+        redis: RedisCache | None = None
         redis_url = settings.redis_url.get_secret_value()
         if redis_url:
-            cache = counters = await stack.enter_async_context(
+            cache = redis = await stack.enter_async_context(
                 RedisCache.open(
-                    redis_url, deadline=settings.redis_deadline_ms / 1000, policy=policy.version, lives=lives
+                    redis_url,
+                    deadline=settings.redis_deadline_ms / 1000,
+                    policy=policy.version,
+                    lives=lives,
+                    oldest=oldest,
                 )
             )
+            if live and settings.memory_seconds:
+                cache = tier = MemoryTier(
+                    below=redis,
+                    lives=lives,
+                    capacity=settings.memory_entries,
+                    seconds=settings.memory_seconds,
+                    trusted=lambda: freshness.trusted,
+                    clock=utc_now,
+                )
+                heard.append(tier.evict)
         else:
-            cache = MemoryCache(lives=lives, capacity=settings.memory_entries)
+            cache = memory = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
+            if live:
+                memory.announce = announcer.say
+                heard.append(memory.evict)
         history = await stack.enter_async_context(
             SessionHistory.open(
                 settings.require_database(),
@@ -87,7 +123,58 @@ async def open_service(settings: Settings) -> AsyncIterator[Opened]:
                 random=random.uniform,
             )
         )
-        yield Opened(service, history, counters)
+        if live:
+            spawn = await stack.enter_async_context(background())
+            for work in _follow(settings, history, redis, announcer, Broadcast(freshness, heard)):
+                spawn(work)
+        yield Opened(service, history, redis, freshness, heard)
+
+
+def _follow(
+    settings: Settings, history: SessionHistory, redis: RedisCache | None, announcer: Announcer, broadcast: Broadcast
+) -> Iterator[Coroutine[object, object, None]]:
+    """Give the work that lets a process follow every change: to hear, to carry changes, and to say what is amiss."""
+    yield _tell_tallies(history, settings.reputation_policy())
+    database = settings.session_database()
+    if redis is not None:
+        yield hear_redis(broadcast, redis)
+    elif database is not None:
+        yield announcer.hear(broadcast, database)
+    if database is None:
+        _log.warning("relay_needs_sessions", setting="GOODSTANDING_RELAY_DATABASE_URL")
+    elif settings.relay:
+        yield open_relay(settings, redis).run()
+
+
+def open_relay(settings: Settings, redis: RedisCache | None) -> Relay:
+    """Build the relay that the settings describe; raises ConfigurationError where no session can be kept."""
+    database = settings.session_database()
+    if database is None:
+        message = "GOODSTANDING_RELAY_DATABASE_URL: a pooler in transaction mode keeps no session, and the relay needs one"
+        raise ConfigurationError(message)
+    return Relay(
+        partial(SessionLedger.open, database),
+        RedisPublisher(redis) if redis is not None else NotifyPublisher(),
+        poll_seconds=settings.relay_poll_ms / 1000,
+        clock=utc_now,
+        random=random.uniform,
+    )
+
+
+async def _tell_tallies(history: SessionHistory, policy: ReputationPolicy) -> None:
+    """Say once, as soon as the database answers, why every load recounts, if it does."""
+    while True:
+        check_cancelled()
+        try:
+            status = await history.status(policy)
+        except TemporarilyUnavailableError:
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
+            continue
+        if not status.tracked:
+            _log.warning("tallies_unused", reason="not every trigger is installed", mend="goodstanding migrate")
+        elif not status.same_policy:
+            _log.warning("tallies_unused", reason="they mean another policy", mend="goodstanding rebuild")
+        return
 
 
 @asynccontextmanager
@@ -98,7 +185,7 @@ async def open_runtime(
     async with AsyncExitStack() as stack:
         if key_set is not None:
             await stack.enter_async_context(key_set)
-        opened = await stack.enter_async_context(open_service(settings))
+        opened = await stack.enter_async_context(open_service(settings, live=True))
         limiter = RateLimiter.from_settings(settings, clock=utc_now, counters=opened.counters)
         spawn = await stack.enter_async_context(background())
         spawn(limiter.run())

@@ -1,12 +1,22 @@
-"""The in-process tier: the cache's protocol in this process's memory, for when there is no Redis."""
+"""What a process keeps in its own memory: a small tier in front of Redis, or all of the cache where there is no Redis."""
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
 
-from goodstanding.data import UserId
+from goodstanding.cache import Cache
+from goodstanding.data import Clock, UserId
 from goodstanding.entry import Entry, Fetched, Lives
+
+_EVICTIONS: Final = 10_000
+"""So many evictions are remembered, for the reads that are under way."""
+
+
+async def _nobody(_users: Sequence[UserId] | None) -> None:
+    """Tell nobody: there is no other process."""
 
 
 @dataclass(slots=True)
@@ -25,11 +35,14 @@ class _Slot:
 class MemoryCache:
     """A bounded cache of at most `capacity` users, the least recently used going first.
 
-    It belongs to one event loop. `monotonic` gives seconds that never go back.
+    It belongs to one event loop. `monotonic` gives seconds that never go back. `announce` tells the other processes
+    whom an invalidation concerns (None: everybody). Values that were computed before `oldest()` are misses.
     """
 
     lives: Lives
     capacity: int
+    announce: Callable[[Sequence[UserId] | None], Awaitable[None]] = _nobody
+    oldest: Callable[[], datetime | None] = lambda: None
     monotonic: Callable[[], float] = time.monotonic
     _slots: OrderedDict[UserId, _Slot] = field(default_factory=OrderedDict)
 
@@ -41,6 +54,7 @@ class MemoryCache:
     async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
         """Read what is remembered about each user, and whether a lease is out."""
         now = self.monotonic()
+        oldest = self.oldest()
         found = []
         for user in user_ids:
             slot = self._slots.get(user)
@@ -48,9 +62,7 @@ class MemoryCache:
                 found.append(Fetched(None, None))
                 continue
             self._slots.move_to_end(user)
-            found.append(
-                Fetched(slot.entry if now < slot.entry_until else None, slot.lease if now < slot.lease_until else None)
-            )
+            found.append(Fetched(_served(slot, now, oldest), slot.lease if now < slot.lease_until else None))
         return found
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
@@ -64,11 +76,12 @@ class MemoryCache:
     ) -> list[bool]:
         """Take leases that live as long as a load may; at most one holder each."""
         now = self.monotonic()
+        oldest = self.oldest()
         got = []
         for user in user_ids:
             slot = self._slot(user)
             free = seize or slot.lease is None or now >= slot.lease_until
-            if unless_cached and slot.entry is not None and now < slot.entry_until:
+            if unless_cached and _served(slot, now, oldest) is not None:
                 free = False
             if free:
                 slot.lease, slot.lease_until = token, now + self.lives.lease / 1000
@@ -100,16 +113,25 @@ class MemoryCache:
                 slot.lease = None
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
-        """Forget value, lease and last known good copy together."""
-        for user in user_ids:
-            self._slots.pop(user, None)
+        """Forget value, lease and last known good copy together, and have every other process do so."""
+        self.evict(user_ids)
+        await self.announce(user_ids)
 
     async def invalidate_all(self) -> int:
-        """Forget everybody; gives the number of values that were still served."""
+        """Forget everybody, here and everywhere; gives the number of values that were still served here."""
         now = self.monotonic()
         dropped = sum(slot.entry is not None and now < slot.entry_until for slot in self._slots.values())
-        self._slots.clear()
+        self.evict(None)
+        await self.announce(None)
         return dropped
+
+    def evict(self, user_ids: Sequence[UserId] | None) -> None:
+        """Forget these users, or (None) everybody, in this process alone."""
+        if user_ids is None:
+            self._slots.clear()
+            return
+        for user in user_ids:
+            self._slots.pop(user, None)
 
     def _slot(self, user_id: UserId) -> _Slot:
         slot = self._slots.get(user_id)
@@ -118,3 +140,120 @@ class MemoryCache:
             if len(self._slots) > self.capacity:
                 self._slots.popitem(last=False)
         return slot
+
+
+def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
+    entry = slot.entry
+    if entry is None or now >= slot.entry_until or (oldest is not None and entry.computed_at < oldest):
+        return None
+    return entry
+
+
+@dataclass(slots=True)
+class MemoryTier:
+    """A tier of at most `capacity` users, each for at most `seconds`, in front of the cache that processes share.
+
+    It answers only while `trusted()`: while this process hears every change. `evict` is to be called with what it
+    hears, and with None when it may have missed something. It belongs to one event loop.
+    """
+
+    below: Cache
+    lives: Lives
+    capacity: int
+    seconds: float
+    trusted: Callable[[], bool]
+    clock: Clock
+    monotonic: Callable[[], float] = time.monotonic
+    _kept: OrderedDict[UserId, tuple[Fetched, float]] = field(default_factory=OrderedDict)
+    _events: int = 0
+    _evicted: OrderedDict[UserId, int] = field(default_factory=OrderedDict)
+    _forgotten: int = 0
+    """The newest eviction that is no longer remembered by user."""
+
+    @property
+    def available(self) -> bool:
+        """Whether the cache below is being asked."""
+        return self.below.available
+
+    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+        """Read from memory, and from below in one round trip what is not there."""
+        if not self.trusted():
+            return await self.below.fetch(user_ids)
+        now = self.monotonic()
+        found: dict[UserId, Fetched] = {}
+        for user in user_ids:
+            kept = self._kept.get(user)
+            if kept is not None and now < kept[1]:
+                found[user] = kept[0]
+        missing = [user for user in user_ids if user not in found]
+        if missing:
+            asked = self._events
+            for user, fetched in zip(missing, await self.below.fetch(missing), strict=True):
+                found[user] = fetched
+                if fetched.entry is not None:
+                    self._keep(user, fetched.entry, asked)
+        return [found[user] for user in user_ids]
+
+    async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
+        """Read from below."""
+        return await self.below.fetch_last_good(user_ids)
+
+    async def lease(
+        self, user_ids: Sequence[UserId], token: str, *, seize: bool = False, unless_cached: bool = False
+    ) -> list[bool]:
+        """Take leases below."""
+        return await self.below.lease(user_ids, token, seize=seize, unless_cached=unless_cached)
+
+    async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
+        """Store below, and here what was stored there."""
+        asked = self._events
+        stored = await self.below.fill(entries, token)
+        if self.trusted():
+            for (user, entry), is_stored in zip(entries.items(), stored, strict=True):
+                if is_stored:
+                    self._keep(user, entry, asked)
+        return stored
+
+    async def release(self, user_ids: Sequence[UserId], token: str) -> None:
+        """Give leases back below."""
+        await self.below.release(user_ids, token)
+
+    async def invalidate(self, user_ids: Sequence[UserId]) -> None:
+        """Drop below, and then here: a read in between may have brought the old value up again."""
+        try:
+            await self.below.invalidate(user_ids)
+        finally:
+            self.evict(user_ids)
+
+    async def invalidate_all(self) -> int:
+        """Drop everybody, below and then here."""
+        try:
+            return await self.below.invalidate_all()
+        finally:
+            self.evict(None)
+
+    def evict(self, user_ids: Sequence[UserId] | None) -> None:
+        """Forget these users, or (None) everybody, and keep nothing of them that was asked for before this."""
+        self._events += 1
+        if user_ids is None:
+            self._kept.clear()
+            self._evicted.clear()
+            self._forgotten = self._events
+            return
+        for user in user_ids:
+            self._kept.pop(user, None)
+            self._evicted[user] = self._events
+            self._evicted.move_to_end(user)
+        while len(self._evicted) > _EVICTIONS:
+            self._forgotten = self._evicted.popitem(last=False)[1]
+
+    def _keep(self, user_id: UserId, entry: Entry, asked: int) -> None:
+        """Keep what was read below, unless the user may have been evicted since it was `asked` for."""
+        if self._evicted.get(user_id, self._forgotten) > asked:
+            return
+        life = self.lives.unknown if entry.data is None else self.lives.value
+        left = life / 1000 - (self.clock() - entry.computed_at).total_seconds()
+        self._kept[user_id] = Fetched(entry, None), self.monotonic() + min(self.seconds, left)
+        self._kept.move_to_end(user_id)
+        if len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)

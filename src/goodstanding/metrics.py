@@ -57,6 +57,23 @@ DEPENDENCY_UP: Final = Gauge(
     ("dependency",),
     multiprocess_mode="livemin",
 )
+CHANGES_FOLDED: Final = Counter("goodstanding_changes_folded_total", "Changes that this process's relay carried on.")
+CHANGE_SECONDS: Final = Histogram(
+    "goodstanding_change_seconds",
+    "Age of the oldest change of a batch when its users' cached reputations were dropped.",
+    buckets=(*_SECONDS, 10.0, 60.0, 600.0),
+)
+USERS_RECOUNTED: Final = Counter("goodstanding_users_recounted_total", "Users whose tally the relay counted again.")
+RELAY_LEADING: Final = Gauge(
+    "goodstanding_relay_leading",
+    "1 while this process's relay carries the changes; over the fleet the sum is 1.",
+    multiprocess_mode="livesum",
+)
+BROADCAST_LISTENERS: Final = Gauge(
+    "goodstanding_broadcast_listeners",
+    "Processes that hear which users changed.",
+    multiprocess_mode="livesum",
+)
 RATE_LIMITED: Final = Counter(
     "goodstanding_rate_limited_total", "Requests refused by a rate limit, by kind.", ("kind",)
 )

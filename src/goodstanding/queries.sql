@@ -13,6 +13,10 @@ select user1_id, user2_id from reputation.attribute($1::uuid, $2::text, $3::text
 -- Users with the most sessions lately, most first.
 select user_id from reputation.most_active($1::integer) as user_id
 
+-- name: status
+-- How the tallies are, seen from a policy's meaning.
+select tracked, same_policy, counting, waiting, pending from reputation.status($1::text, $2::text, $3::text)
+
 -- name: ping
 -- Whether counts could be answered now: the server, the schema and the rights, without reading anybody's rows.
 select

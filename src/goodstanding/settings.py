@@ -69,6 +69,23 @@ class Settings(BaseSettings):
             "Unset: true when the port is 6543 or 6432."
         ),
     ] = None
+    relay: Annotated[
+        bool,
+        Field(
+            description="Whether this process may carry changes to the caches. One of the fleet does it; without any, "
+            "only what was computed within the last 1.5 seconds is served from a cache."
+        ),
+    ] = True
+    relay_database_url: Annotated[
+        SecretStr,
+        Field(
+            description="PostgreSQL for the relay, over connections that keep their session: not a pooler in transaction "
+            "mode. Empty: the database URL."
+        ),
+    ] = SecretStr("")
+    relay_poll_ms: Annotated[
+        int, Field(ge=1, le=1000, description="How often an idle relay looks for changes, in milliseconds.")
+    ] = 15
     load_deadline_ms: Annotated[
         int, Field(ge=50, le=10_000, description="Longest wait for PostgreSQL, in milliseconds; also the lease's life.")
     ] = 1000
@@ -102,8 +119,17 @@ class Settings(BaseSettings):
         Field(ge=0, le=2000, description="Longest wait for another process's load of the same user, in milliseconds."),
     ] = 200
     memory_entries: Annotated[
-        int, Field(ge=100, le=10_000_000, description="Most users kept by the in-process cache (without Redis).")
+        int, Field(ge=100, le=10_000_000, description="Most users kept in a process's memory, with or without Redis.")
     ] = 100_000
+    memory_seconds: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=300,
+            description="How long a process may keep in memory what it read from Redis, in seconds; changes come sooner. "
+            "0: not at all.",
+        ),
+    ] = 10
 
     jwt_secret: Annotated[
         SecretStr,
@@ -193,7 +219,7 @@ class Settings(BaseSettings):
                 raise ValueError(message)
         return value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "relay_database_url")
     @classmethod
     def _database(cls, value: SecretStr) -> SecretStr:
         url = _split_url(value.get_secret_value())
@@ -265,6 +291,13 @@ class Settings(BaseSettings):
             return self.database_transaction_pooler
         url = _split_url(self.database_url.get_secret_value())
         return url is not None and url.port in _TRANSACTION_POOLER_PORTS
+
+    def session_database(self) -> str | None:
+        """Give the URL of a database that keeps sessions, which relay and NOTIFY need; None: there is none."""
+        url = self.relay_database_url.get_secret_value()
+        if not url and not self.uses_transaction_pooler():
+            url = self.database_url.get_secret_value()
+        return url or None
 
     def require_database(self) -> str:
         """Give the database URL; raises ConfigurationError when there is none."""

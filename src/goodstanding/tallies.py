@@ -14,7 +14,8 @@ import asyncpg
 
 from goodstanding.data import UserId
 from goodstanding.errors import ConfigurationError
-from goodstanding.history import named_queries
+from goodstanding.history import QUERIES as HISTORY_QUERIES
+from goodstanding.history import TallyStatus, named_queries
 from goodstanding.owner import Report, connected, silent
 from goodstanding.policy import ReputationPolicy
 
@@ -47,22 +48,6 @@ class Recounted:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
-    """How the tallies are.
-
-    `tracked`: every trigger is there; `same_policy`: they mean what the asker's policy means; when one of the two is
-    false, every load recounts. `counting`: everybody is being counted; `waiting`: somebody is to be recounted;
-    `pending`: changes wait to be folded.
-    """
-
-    tracked: bool
-    same_policy: bool
-    counting: bool
-    waiting: bool
-    pending: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Verification:
     """How many users were compared in one snapshot, how many differ, and the first of those."""
 
@@ -90,10 +75,10 @@ async def recount(connection: "_Connection", batch: int) -> Recounted:
     return Recounted(*row)
 
 
-async def status(connection: "_Connection", policy: ReputationPolicy) -> Status:
+async def status(connection: "_Connection", policy: ReputationPolicy) -> TallyStatus:
     """Tell how the tallies are, seen from this policy."""
-    (row,) = await connection.fetch(QUERIES["status"], *policy.meaning)
-    return Status(*row)
+    (row,) = await connection.fetch(HISTORY_QUERIES["status"], *policy.meaning)
+    return TallyStatus(*row)
 
 
 async def count_everybody(connection: "_Connection", say: Report) -> None:

@@ -1,4 +1,4 @@
--- What keeps the tallies, by name. The first three are the service's; the others need the tables' owner.
+-- What keeps the tallies, by name. The first two are the service's; the others need the tables' owner.
 
 -- name: fold
 -- Fold pending changes; commit once nobody can be served what was known before.
@@ -7,10 +7,6 @@ select folded, everybody, user_ids, oldest from reputation.fold($1::integer)
 -- name: recount
 -- Count again whoever is due.
 select recounted, waiting, counting from reputation.recount($1::integer)
-
--- name: status
--- How the tallies are, seen from a policy's meaning.
-select tracked, same_policy, counting, waiting, pending from reputation.status($1::text, $2::text, $3::text)
 
 -- name: rebuild
 -- Let the tallies mean a policy, and have everybody counted again.

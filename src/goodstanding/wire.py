@@ -6,8 +6,8 @@ its streams and time-outs cost more than the round trip itself, so there hiredis
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice, repeat
 from operator import itemgetter
@@ -24,6 +24,7 @@ Command = tuple[str | bytes | int, ...]
 _LANES: Final = 2
 _MOST_JOINED: Final = 100
 _TICKS: Final = 10
+_QUIET: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,20 @@ class Wire(asyncio.Protocol):
     A trip that is not answered within `deadline` seconds ends the connection, and with it all others under way.
     """
 
-    def __init__(self, pool: ConnectionPool, breaker: Breaker, spawn: Spawn, *, deadline: float) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        breaker: Breaker,
+        spawn: Spawn,
+        *,
+        deadline: float,
+        connected: Callable[[], None] = lambda: None,
+    ) -> None:
         self._pool = pool
         self._breaker = breaker
         self._spawn = spawn
         self._deadline = deadline
+        self._connected = connected
         self._loop = asyncio.get_running_loop()
         self._pending: list[_Call] = []
         self._flushing = False
@@ -123,27 +133,23 @@ class Wire(asyncio.Protocol):
             self._clock = self._loop.call_later(self._deadline / _TICKS, self._tick)
 
     async def _connect(self) -> None:
-        opener: Any = self._pool.make_connection()  # type: ignore[no-untyped-call] # redis-py leaves it untyped
         try:
-            async with within(self._deadline):
-                await opener.connect()
+            writer = await open_writer(self._pool, deadline=self._deadline)
         except Exception as error:  # noqa: BLE001 - redis-py raises more than RedisError when a connection fails
             self._connecting = None
             self._breaker.failed()
             self._drop(error)
             return
-        # redis-py has no public way to hand a connection over. Its writer is kept, since it closes what it wrote to
-        # when nobody holds it any more.
-        self._writer = opener._writer  # noqa: SLF001 - see above
-        opener._writer = opener._reader = None  # noqa: SLF001 - see above
+        self._writer = writer
         self._connecting = None
         self._reader = hiredis.Reader()
-        transport = self._writer.transport
+        transport = writer.transport
         transport.set_protocol(self)
         self._transport = transport
         if self._closed:
             self._drop(None)
         else:
+            self._connected()
             self._flush()
 
     def _tick(self) -> None:
@@ -214,6 +220,76 @@ class Wire(asyncio.Protocol):
         if self._pending and not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
+
+
+async def open_writer(pool: ConnectionPool, *, deadline: float) -> asyncio.StreamWriter:
+    """Let redis-py open a connection, within `deadline` seconds, and take over what it writes to."""
+    opener: Any = pool.make_connection()  # type: ignore[no-untyped-call] # redis-py leaves it untyped
+    async with within(deadline):
+        await opener.connect()
+    # redis-py has no public way to hand a connection over. Its writer is kept, since it closes what it wrote to when
+    # nobody holds it any more.
+    writer: asyncio.StreamWriter = opener._writer  # noqa: SLF001 - see above
+    opener._writer = opener._reader = None  # noqa: SLF001 - see above
+    return writer
+
+
+class Subscription(asyncio.Protocol):
+    """A connection that listens to one channel; `receive` gets each message at the moment it arrives, in order."""
+
+    def __init__(self, writer: asyncio.StreamWriter, channel: str, receive: Callable[[bytes], None]) -> None:
+        self._receive = receive
+        self._reader = hiredis.Reader()
+        self._writer = writer
+        self._quiet = 0
+        self._confirmed = asyncio.Event()
+        self._lost = asyncio.Event()
+        writer.transport.set_protocol(self)
+        writer.transport.write(hiredis.pack_command(("SUBSCRIBE", channel)))
+
+    async def wait_until_confirmed(self) -> None:
+        """Wait until every message from now on arrives here, or the connection is lost."""
+        await self._confirmed.wait()
+
+    async def wait_until_lost(self, every: float) -> None:
+        """Ask every `every` seconds whether the server is still there; the third time that nothing came is the last.
+
+        Counted in questions and not in seconds: what a busy loop has not read yet is no silence.
+        """
+        while not self._lost.is_set() and self._quiet < _QUIET:
+            self._quiet += 1
+            self._writer.transport.write(hiredis.pack_command(("PING",)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(every):
+                    await self._lost.wait()
+
+    def close(self) -> None:
+        """End the connection; nothing is received any more."""
+        self._lost.set()
+        self._confirmed.set()
+        self._writer.transport.set_protocol(asyncio.Protocol())
+        self._writer.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Hand over what is complete."""
+        self._quiet = 0
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not False:
+                match reply:
+                    case [b"message", _, bytes(message)]:
+                        self._receive(message)
+                    case [b"subscribe", *_]:
+                        self._confirmed.set()
+                    case Exception():
+                        self.close()
+                        return
+        except hiredis.ProtocolError:
+            self.close()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Tell whoever waits."""
+        self.close()
 
 
 class ClusterWire:

@@ -1,0 +1,182 @@
+"""Who says what changed, and who hears it: by Redis pub/sub or, without a Redis, by PostgreSQL's NOTIFY.
+
+Four messages. `changed` and `all`: whose counts changed, and that nothing cached about them is left. `lead`: a relay
+begins a term. `beat`: that relay has told everything that was committed when it looked. A beat that is missing is how
+a process learns that it may be the one who does not hear; see Freshness.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import asyncpg
+import structlog
+
+from goodstanding.cache import RedisCache
+from goodstanding.data import Clock, UserId
+from goodstanding.errors import CacheAwayError
+from goodstanding.metrics import BROADCAST_LISTENERS
+from goodstanding.tasks import check_cancelled
+
+if TYPE_CHECKING:
+    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+
+Heard = Callable[[Sequence[UserId] | None], None]
+"""Is told whose counts changed; None: everybody's may have."""
+
+BELIEF_SECONDS: Final = 1.5
+"""So long after a beat a process believes what is cached; with what a beat takes, nothing is stale for 2 s."""
+
+_log = structlog.get_logger("goodstanding")
+_CHANNEL: Final = "goodstanding"
+_AGAIN_SECONDS: Final = 0.2
+_CHECK_SECONDS: Final = 0.5
+_CONNECT_SECONDS: Final = 1.0
+_USERS_A_MESSAGE: Final = 200
+_OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
+_NOTIFY: Final = "select pg_notify($1::text, message) from unnest($2::text[]) as message"
+
+
+class Freshness:
+    """How much of what is cached may be believed: all of it while beats come, else only what was computed just now.
+
+    `monotonic` gives seconds that never go back; `clock` is compared with the moments at which others computed.
+    """
+
+    __slots__ = ("_clock", "_monotonic", "_term", "_until")
+
+    def __init__(self, *, clock: Clock, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._monotonic = monotonic
+        self._term = 0
+        self._until = float("-inf")
+
+    @property
+    def trusted(self) -> bool:
+        """Whether a relay said just now that it has told everything."""
+        return self._monotonic() < self._until
+
+    def oldest(self) -> datetime | None:
+        """Give the moment before which nothing that is served may have been computed; None: whatever is cached holds."""
+        return None if self.trusted else self._clock() - timedelta(seconds=BELIEF_SECONDS)
+
+    def lead(self, term: int) -> None:
+        """Note a new relay: what the one before said counts no longer."""
+        if term > self._term:
+            self._term = term
+            self._until = float("-inf")
+
+    def beat(self, term: int) -> None:
+        """Note that the relay of this term has told everything; one that another has replaced is not believed."""
+        if term >= self._term:
+            self._term = term
+            self._until = self._monotonic() + BELIEF_SECONDS
+
+    def lose(self) -> None:
+        """Note that something may have been missed."""
+        self._until = float("-inf")
+
+
+class Broadcast:
+    """What this process hears: each of `heard` is called, in the order in which things were said."""
+
+    def __init__(self, freshness: Freshness, heard: Iterable[Heard]) -> None:
+        self.freshness = freshness
+        self._heard = heard
+
+    def receive(self, message: bytes) -> None:
+        """Take one message; one that nobody of ours wrote is passed over."""
+        word, _, rest = message.decode("ascii", "replace").partition(" ")
+        if word == "changed":
+            self._tell([UserId(user) for user in rest.split(" ")])
+        elif word == "all":
+            self._tell(None)
+        elif word in {"lead", "beat"} and rest.isdecimal():
+            (self.freshness.lead if word == "lead" else self.freshness.beat)(int(rest))
+
+    def lose(self) -> None:
+        """Forget what was known by hearing: something may have been missed."""
+        self.freshness.lose()
+        self._tell(None)
+
+    def _tell(self, users: Sequence[UserId] | None) -> None:
+        for hear in self._heard:
+            hear(users)
+
+
+async def hear_redis(broadcast: Broadcast, cache: RedisCache) -> None:
+    """Listen until cancelled, over a connection made anew whenever it, or that of the commands, was lost."""
+    while True:
+        check_cancelled()
+        try:
+            async with cache.subscription(broadcast.receive) as subscription:
+                with BROADCAST_LISTENERS.track_inprogress():
+                    await subscription.wait_until_lost(_CHECK_SECONDS)
+        except CacheAwayError:
+            pass
+        finally:
+            broadcast.lose()
+        await asyncio.sleep(_AGAIN_SECONDS)
+
+
+class Announcer:
+    """Says what changed to the other processes where there is no Redis, and hears what they say.
+
+    It lives on one connection, and raises CacheAwayError while there is none.
+    """
+
+    def __init__(self) -> None:
+        self._connection: _Connection | None = None
+        self._turn = asyncio.Lock()
+
+    async def say(self, users: Sequence[UserId] | None) -> None:
+        """Say that these users' counts may have changed, or (None) everybody's; raises CacheAwayError."""
+        async with self._turn:
+            if self._connection is None:
+                raise CacheAwayError
+            try:
+                await notify(self._connection, *messages(users))
+            except _OUTAGES as error:
+                raise CacheAwayError from error
+
+    async def hear(self, broadcast: Broadcast, database_url: str) -> None:
+        """Listen until cancelled, over a connection made anew whenever it was lost."""
+        while True:
+            check_cancelled()
+            with suppress(*_OUTAGES):
+                await self._hear(broadcast, database_url)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _hear(self, broadcast: Broadcast, database_url: str) -> None:
+        connection = await asyncpg.connect(
+            database_url, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS, statement_cache_size=0
+        )
+        try:
+            await connection.add_listener(_CHANNEL, lambda *said: broadcast.receive(str(said[3]).encode()))
+            self._connection = connection
+            with BROADCAST_LISTENERS.track_inprogress():
+                while True:
+                    await asyncio.sleep(_CHECK_SECONDS)
+                    async with self._turn:
+                        await connection.execute("select")
+        finally:
+            self._connection = None
+            broadcast.lose()
+            connection.terminate()
+
+
+def messages(users: Sequence[UserId] | None) -> Iterator[str]:
+    """Write who changed, in messages that PostgreSQL takes (at most 8000 bytes each)."""
+    if users is None:
+        yield "all"
+        return
+    for start in range(0, len(users), _USERS_A_MESSAGE):
+        yield " ".join(("changed", *users[start : start + _USERS_A_MESSAGE]))
+
+
+async def notify(connection: "_Connection", *said: str) -> None:
+    """Say it to whoever listens in this database, when the connection's transaction commits."""
+    await connection.execute(_NOTIFY, _CHANNEL, said)
