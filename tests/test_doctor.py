@@ -134,7 +134,7 @@ async def test_a_login_without_the_role(database: Database) -> None:
             )
         ] == await about("rights", checked)
         await owner.execute("revoke usage on schema reputation from goodstanding_service")
-    names = ("counts", "attribute", "most_active", "read_counts", "fold", "recount", "status")
+    names = ("counts", "attribute", "most_active", "read_counts", "pending", "fold", "recount", "status")
     functions = ", ".join(f"reputation.{name}" for name in names)
     assert [("failure", f"{SERVICE} cannot call {functions}: grant goodstanding_service to {SERVICE}")] == await about(
         "rights", checked

@@ -15,6 +15,7 @@ FUNCTIONS = {
     "reputation.counts(uuid[],text,text,text)",
     "reputation.fold(integer)",
     "reputation.most_active(integer)",
+    "reputation.pending()",
     "reputation.read_counts(uuid[],text,text,text)",
     "reputation.recount(integer)",
     "reputation.status(text,text,text)",
@@ -136,6 +137,7 @@ async def test_what_the_service_gets_is_ids_and_counts(database: Database) -> No
     assert {
         "reputation.attribute(uuid,text,text,text)": "TABLE(user1_id uuid, user2_id uuid)",
         "reputation.counts(uuid[],text,text,text)": "TABLE(user_id uuid, completed bigint, no_shows bigint)",
+        "reputation.pending()": "boolean",
         "reputation.fold(integer)": (
             "TABLE(folded bigint, everybody boolean, user_ids uuid[], oldest timestamp with time zone)"
         ),

@@ -169,6 +169,16 @@ async def test_a_tallied_user_costs_the_same_however_long_the_history(database: 
         assert (0, True) == (scanned, rows <= 2), table
 
 
+async def test_asking_whether_a_change_waits_costs_the_same_however_many_do(database: Database) -> None:
+    """One entry of the index answers it; the table is never scanned, neither while many wait nor when they are gone."""
+    async with database.owner() as owner:
+        await settled(owner)
+        await owner.execute(BACKLOG)
+        assert {"changes": (0, 1)} == await touched(owner, tallies.QUERIES["pending"])
+        await owner.execute("delete from reputation.changes")
+        assert {} == await touched(owner, tallies.QUERIES["pending"])
+
+
 async def test_a_fold_reads_what_it_folds(database: Database) -> None:
     """A batch of ten touches ten changes and their users' tallies, however many wait."""
     async with database.owner() as owner:

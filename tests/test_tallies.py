@@ -61,6 +61,22 @@ async def test_a_fold_moves_a_change_from_pending_to_tally(database: Database) -
         assert tallies.Folded(0, everybody=False, users=(), oldest=None) == await tallies.fold(relay, 1000)
 
 
+async def test_pending_is_what_a_fold_would_take(database: Database) -> None:
+    """True from the writer's commit to the fold's, seen by the service's own login."""
+    service = database.service_url
+    async with database.owner() as owner, connect(service) as relay, connect(service) as other:
+        await settled(relay)
+        assert not await tallies.pending(relay)
+        async with owner.transaction():
+            await owner.execute("insert into public.user_profiles default values")
+            assert not await tallies.pending(relay)
+        assert await tallies.pending(relay)
+        async with relay.transaction():
+            await tallies.fold(relay, 1000)
+            assert await tallies.pending(other)
+        assert not await tallies.pending(other)
+
+
 async def test_a_fold_goes_round_and_takes_no_more_than_it_is_told(database: Database) -> None:
     """A batch bounds it, what is left stays pending, and whoever comes in front of it waits for the next round."""
     async with database.owner() as owner:

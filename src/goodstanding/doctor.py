@@ -25,7 +25,7 @@ _SECONDS: Final = 5.0
 _OLDEST_POSTGRES: Final = 14
 _OLDEST_REDIS: Final = (6, 2)
 _OLDEST_VALKEY: Final = (7, 2)
-_FUNCTIONS: Final = ("counts", "attribute", "most_active", "read_counts", "fold", "recount", "status")
+_FUNCTIONS: Final = ("counts", "attribute", "most_active", "read_counts", "pending", "fold", "recount", "status")
 _QUERIES: Final = named_queries((files("goodstanding") / "doctor.sql").read_text(encoding="utf-8"))
 _PROBE_KEY: Final = "reputation:doctor"
 

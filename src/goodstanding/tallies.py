@@ -56,6 +56,12 @@ class Verification:
     first: tuple[UserId, ...]
 
 
+async def pending(connection: "_Connection") -> bool:
+    """Tell whether a change waits to be folded; cheap enough to ask many times a second."""
+    waits: bool = await connection.fetchval(QUERIES["pending"])
+    return waits
+
+
 async def fold(connection: "_Connection", batch: int) -> Folded:
     """Fold at most `batch` changes, in the caller's transaction: READ COMMITTED, and nothing else in it.
 

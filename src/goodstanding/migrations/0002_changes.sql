@@ -30,6 +30,15 @@ create table reputation.changes (
     changed_at timestamptz not null default clock_timestamp()
 );
 create index changes_user on reputation.changes (user_id);
+-- Rows come and go. What is left of those that are gone is cleared away early and without a pause; the file never
+-- shrinks, for that would take a lock which the host's writers meet.
+alter table reputation.changes set (
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_cost_delay = 0,
+    vacuum_index_cleanup = on,
+    vacuum_truncate = off
+);
 -- Without a key, a publication FOR ALL TABLES would refuse the deletes.
 alter table reputation.changes replica identity full;
 
@@ -534,6 +543,22 @@ begin
 end
 $$;
 
+-- Whether a change waits to be folded. The relay asks many times a second, so by the index: it skips what is known to
+-- be gone, where a scan of the table would look at all that a vacuum has not cleared away yet.
+create function reputation.pending() returns boolean
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+begin
+    return exists (select from reputation.changes);
+end
+$$;
+
 -- Count at most `batch` users again: those whose barrier has passed, then the next in turn while everybody is counted.
 -- recounted: how many; waiting: some are left whose transactions are still running; counting: more of everybody is left.
 -- Nobody's counts change by it, so nothing is to be invalidated: that is for the fold of the changes, which stay.
@@ -713,6 +738,7 @@ end
 $$;
 grant execute on function
     reputation.read_counts(uuid[], text, text, text),
+    reputation.pending(),
     reputation.fold(integer),
     reputation.recount(integer),
     reputation.status(text, text, text)
