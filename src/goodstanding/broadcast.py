@@ -60,7 +60,7 @@ class Freshness:
         return self._monotonic() < self._until
 
     def oldest(self) -> datetime | None:
-        """Give the moment before which nothing that is served may have been computed; None: whatever is cached holds."""
+        """Give the moment before which nothing that is served may have been computed; None: whatever is cached."""
         return None if self.trusted else self._clock() - timedelta(seconds=BELIEF_SECONDS)
 
     def lead(self, term: int) -> None:

@@ -111,7 +111,7 @@ class RedisCache:
     All commands that are issued in one loop tick travel as one round trip.
     """
 
-    def __init__(  # noqa: PLR0913 - one wiring, all by name
+    def __init__(
         self,
         client: "Redis | RedisCluster",
         spawn: Spawn,

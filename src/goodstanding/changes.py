@@ -39,9 +39,7 @@ _DEADLINE_SECONDS: Final = 5.0
 _CONNECT_SECONDS: Final = 1.0
 _LOCK: Final = 7_239_817_264_501_103
 _IDLE: Final = "select set_config('idle_session_timeout', '1000', false)"
-_LEAD: Final = (
-    "select (extract(epoch from clock_timestamp()) * 1000000)::bigint where pg_try_advisory_lock($1::bigint)"
-)
+_LEAD: Final = "select (extract(epoch from clock_timestamp()) * 1000000)::bigint where pg_try_advisory_lock($1::bigint)"
 
 
 class Ledger(Protocol):

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -24,7 +24,7 @@ from goodstanding import migrate as migrations
 from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
 from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
-from goodstanding.main import create_app, open_service
+from goodstanding.main import create_app, open_relay, open_service
 from goodstanding.reputation_service import MOST_USERS, Answer, Source
 from goodstanding.settings import Settings, load_settings
 
@@ -93,7 +93,7 @@ def every_command(
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", envvar="PORT", min=0, max=65535)] = 8000,
-    workers: Annotated[int, typer.Option(help="Worker processes; more than one needs Redis.", min=1, max=64)] = 1,
+    workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
 ) -> None:
     """Serve the HTTP API.
 
@@ -103,8 +103,11 @@ def serve(
         settings = _settings()
         # Whatever is wrong is told here in one line, not by a worker in a traceback.
         create_app(settings)
-        if workers > 1 and not settings.redis_url.get_secret_value():
-            message = "GOODSTANDING_REDIS_URL: several workers need Redis, so that an invalidation reaches all of them"
+        if workers > 1 and not settings.redis_url.get_secret_value() and settings.session_database() is None:
+            message = (
+                "GOODSTANDING_RELAY_DATABASE_URL: without Redis, workers hear of changes from PostgreSQL, "
+                "over connections that keep their session"
+            )
             raise ConfigurationError(message)
     # uvicorn ends in order and then raises the signal again; by default that would skip what is cleaned up here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -124,6 +127,27 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=10,
         )
+
+
+@app.command()
+def relay() -> None:
+    """Carry changes to the caches and serve nothing, for a fleet that serves with GOODSTANDING_RELAY=false.
+
+    One relay of the fleet works and the others wait: start two, and one may die. Ctrl-C or SIGTERM ends it.
+    """
+
+    async def work() -> None:
+        settings = _settings()
+        settings.require_database()
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        with suppress(asyncio.CancelledError):
+            async with open_relay(settings) as carrier:
+                await carrier.run()
+
+    with _readable_errors():
+        _run(work())
 
 
 @app.command()

@@ -4,8 +4,8 @@ import asyncio
 import gc
 import random
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -63,12 +63,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
     With `live` its caches follow every change. Without, as for a command that ends at once, they hold what they hold.
     """
     policy = settings.reputation_policy()
-    lives = Lives(
-        value=settings.cache_ttl_seconds * 1000,
-        unknown=settings.unknown_ttl_seconds * 1000,
-        last_good=settings.stale_ttl_seconds * 1000,
-        lease=settings.load_deadline_ms,
-    )
+    lives = _lives(settings)
     freshness = Freshness(clock=utc_now)
     oldest = freshness.oldest if live else lambda: None
     heard: list[Heard] = []
@@ -76,17 +71,8 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
     async with AsyncExitStack() as stack:
         cache: Cache
         redis: RedisCache | None = None
-        redis_url = settings.redis_url.get_secret_value()
-        if redis_url:
-            cache = redis = await stack.enter_async_context(
-                RedisCache.open(
-                    redis_url,
-                    deadline=settings.redis_deadline_ms / 1000,
-                    policy=policy.version,
-                    lives=lives,
-                    oldest=oldest,
-                )
-            )
+        if settings.redis_url.get_secret_value():
+            cache = redis = await stack.enter_async_context(_open_redis(settings, oldest=oldest))
             if live and settings.memory_seconds:
                 cache = tier = MemoryTier(
                     below=redis,
@@ -130,6 +116,27 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
         yield Opened(service, history, redis, freshness, heard)
 
 
+def _lives(settings: Settings) -> Lives:
+    return Lives(
+        value=settings.cache_ttl_seconds * 1000,
+        unknown=settings.unknown_ttl_seconds * 1000,
+        last_good=settings.stale_ttl_seconds * 1000,
+        lease=settings.load_deadline_ms,
+    )
+
+
+def _open_redis(
+    settings: Settings, *, oldest: Callable[[], datetime | None]
+) -> AbstractAsyncContextManager[RedisCache]:
+    return RedisCache.open(
+        settings.redis_url.get_secret_value(),
+        deadline=settings.redis_deadline_ms / 1000,
+        policy=settings.reputation_policy().version,
+        lives=_lives(settings),
+        oldest=oldest,
+    )
+
+
 def _follow(
     settings: Settings, history: SessionHistory, redis: RedisCache | None, announcer: Announcer, broadcast: Broadcast
 ) -> Iterator[Coroutine[object, object, None]]:
@@ -143,22 +150,33 @@ def _follow(
     if database is None:
         _log.warning("relay_needs_sessions", setting="GOODSTANDING_RELAY_DATABASE_URL")
     elif settings.relay:
-        yield open_relay(settings, redis).run()
+        yield _relay(settings, database, redis).run()
 
 
-def open_relay(settings: Settings, redis: RedisCache | None) -> Relay:
-    """Build the relay that the settings describe; raises ConfigurationError where no session can be kept."""
-    database = settings.session_database()
-    if database is None:
-        message = "GOODSTANDING_RELAY_DATABASE_URL: a pooler in transaction mode keeps no session, and the relay needs one"
-        raise ConfigurationError(message)
+def _relay(settings: Settings, database_url: str, redis: RedisCache | None) -> Relay:
     return Relay(
-        partial(SessionLedger.open, database),
+        partial(SessionLedger.open, database_url),
         RedisPublisher(redis) if redis is not None else NotifyPublisher(),
         poll_seconds=settings.relay_poll_ms / 1000,
         clock=utc_now,
         random=random.uniform,
     )
+
+
+@asynccontextmanager
+async def open_relay(settings: Settings) -> AsyncIterator[Relay]:
+    """Open a relay alone; raises ConfigurationError where no session can be kept."""
+    database = settings.session_database()
+    if database is None:
+        message = (
+            "GOODSTANDING_RELAY_DATABASE_URL: the relay needs a connection that keeps its session, not this pooler"
+        )
+        raise ConfigurationError(message)
+    async with AsyncExitStack() as stack:
+        redis = None
+        if settings.redis_url.get_secret_value():
+            redis = await stack.enter_async_context(_open_redis(settings, oldest=lambda: None))
+        yield _relay(settings, database, redis)
 
 
 async def _tell_tallies(history: SessionHistory, policy: ReputationPolicy) -> None:

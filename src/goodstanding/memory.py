@@ -1,4 +1,4 @@
-"""What a process keeps in its own memory: a small tier in front of Redis, or all of the cache where there is no Redis."""
+"""What a process keeps in its own memory: a small tier in front of Redis, or the whole cache where there is none."""
 
 import time
 from collections import OrderedDict

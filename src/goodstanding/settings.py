@@ -79,8 +79,8 @@ class Settings(BaseSettings):
     relay_database_url: Annotated[
         SecretStr,
         Field(
-            description="PostgreSQL for the relay, over connections that keep their session: not a pooler in transaction "
-            "mode. Empty: the database URL."
+            description="PostgreSQL for the relay, over connections that keep their session: not a pooler in "
+            "transaction mode. Empty: the database URL."
         ),
     ] = SecretStr("")
     relay_poll_ms: Annotated[
@@ -126,8 +126,8 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=300,
-            description="How long a process may keep in memory what it read from Redis, in seconds; changes come sooner. "
-            "0: not at all.",
+            description="How long a process may keep in memory what it read from Redis, in seconds; a change "
+            "evicts it at once. 0: not at all.",
         ),
     ] = 10
 

@@ -245,7 +245,7 @@ class Subscription(asyncio.Protocol):
         self._confirmed = asyncio.Event()
         self._lost = asyncio.Event()
         writer.transport.set_protocol(self)
-        writer.transport.write(hiredis.pack_command(("SUBSCRIBE", channel)))
+        writer.transport.write(hiredis.pack_command(("SUBSCRIBE", channel)))  # type: ignore[arg-type] # a tuple of any length
 
     async def wait_until_confirmed(self) -> None:
         """Wait until every message from now on arrives here, or the connection is lost."""
