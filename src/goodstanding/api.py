@@ -39,6 +39,7 @@ from goodstanding.limits import LimitKind, RateLimiter
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
+    STREAM_EXAMPLE,
     AttributionRequest,
     BatchRequest,
     BatchResponse,
@@ -48,6 +49,8 @@ from goodstanding.responses import (
     ReadyResponse,
     ReputationResponse,
 )
+from goodstanding.stream import StreamResponse
+from goodstanding.subscribers import MOST_WATCHED, Subscribers
 
 _log = structlog.get_logger("goodstanding")
 _BODY_LIMIT: Final = 64 * 1024
@@ -75,6 +78,7 @@ class Runtime:
     service: ReputationService
     authenticator: Authenticator
     limiter: RateLimiter
+    subscribers: Subscribers
     key_set: KeySet | None
     public_reads: bool
     metrics_public: bool
@@ -221,6 +225,23 @@ class _Endpoints:
         )
         return Response(_batch(asked, answers), media_type="application/json")
 
+    async def stream(self, request: Request) -> Response:
+        """Send each user's reputation now and whenever it changes, until the token expires or the server stops."""
+        now = self._runtime()
+        caller = self._authorize(request, LimitKind.READ, Role.AUTHENTICATED, Role.SERVICE_ROLE)
+        users = [*dict.fromkeys(map(parse_user_id, request.query_params.getlist("user_id")))]
+        if not 0 < len(users) <= MOST_WATCHED:
+            message = f"Name 1 to {MOST_WATCHED} users, each as user_id=..."
+            raise InvalidInputError(message)
+        peer = request.client.host if request.client is not None else None
+        subscription = await now.subscribers.open(
+            users,
+            caller=now.authenticator.rate_key(caller, request.scope["headers"], peer),
+            last_event_id=request.headers.get("last-event-id", ""),
+            expires=caller.expires,
+        )
+        return StreamResponse(subscription)
+
     async def invalidate(self, request: Request) -> Response:
         """Make the next read count anew; also for a user who does not exist."""
         self._authorize(request, LimitKind.ADMIN, Role.SERVICE_ROLE)
@@ -284,7 +305,7 @@ def build_router(
         method: str,
         path: str,
         endpoint: Callable[[Request], Coroutine[Any, Any, Response]],
-        model: type[BaseModel] | None,
+        model: type[BaseModel] | type[Response],
         summary: str,
         responses: dict[int | str, dict[str, Any]],
         extra: dict[str, Any] | None = None,
@@ -295,12 +316,12 @@ def build_router(
             path,
             endpoint,
             methods=[method],
-            response_model=model,
+            response_model=model if issubclass(model, BaseModel) else None,
             summary=summary,
             responses=responses,
             openapi_extra=(extra or {}) | (_NAMES_BEARER if method == "GET" and not open_to_all else {}),
             dependencies=[_BEARER] if method == "POST" else [],
-            response_class=JSONResponse if model is not None else PlainTextResponse,
+            response_class=model if issubclass(model, Response) else JSONResponse,
             tags=["operation" if path.startswith(("/health", "/metrics")) else "reputation"],
         )
         if method == "GET":
@@ -315,6 +336,16 @@ def build_router(
         "Up to 100 users' reputations",
         _problems(400, 401, 403, 413, 415, 422, 429, 503),
         _describe(request_body=BatchRequest),
+    )
+    add(
+        "GET",
+        "/api/user/reputation/stream",
+        endpoints.stream,
+        StreamResponse,
+        "Users' reputations as they change",
+        _problems(400, 401, 403, 422, 429, 503)
+        | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {"example": STREAM_EXAMPLE}}}},
+        {"parameters": _STREAM_PARAMETERS},
     )
     add(
         "GET",
@@ -365,7 +396,14 @@ def build_router(
         _problems() | {503: {"model": ReadyResponse, "description": "Nobody can be answered now."}},
         open_to_all=True,
     )
-    add("GET", "/metrics", endpoints.metrics, None, "Prometheus metrics", _problems(400, 401, 403, 429, 503))
+    add(
+        "GET",
+        "/metrics",
+        endpoints.metrics,
+        PlainTextResponse,
+        "Prometheus metrics",
+        _problems(400, 401, 403, 429, 503),
+    )
     return router
 
 
@@ -490,6 +528,30 @@ _READ_HEADERS: Final = {
     "Cache-Control": _header("How long a browser may keep it: at most 5 seconds."),
     "ETag": _header("Weak; changes with what a person sees."),
 }
+
+
+_STREAM_PARAMETERS: Final = [
+    {
+        "name": "user_id",
+        "in": "query",
+        "required": True,
+        "description": "Whom to watch: 1 to 50 users, each as a parameter of its own.",
+        "schema": {
+            "type": "array",
+            "items": {"type": "string", "format": "uuid"},
+            "minItems": 1,
+            "maxItems": MOST_WATCHED,
+        },
+        "style": "form",
+        "explode": True,
+    },
+    {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "description": "The last `id` of the stream before: what the client has is not sent again.",
+        "schema": {"type": "string"},
+    },
+]
 
 
 def _describe(

@@ -9,7 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
@@ -69,10 +69,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is asking; `subject` is 1 to 255 characters, or None where no token named one."""
+    """Who is asking; `subject` is 1 to 255 characters, or None where no token named one.
+
+    Until `expires` the token holds, if there is one; it does not make another caller.
+    """
 
     role: Role
     subject: str | None
+    expires: datetime | None = field(default=None, compare=False)
 
 
 NOBODY: Final = Caller(Role.ANONYMOUS, None)
@@ -303,7 +307,7 @@ class TokenVerifier:
             del self._cache[digest]
         claims = self._signed_claims(token)
         expires = self._lifetime(claims, now.timestamp())
-        caller = self._caller(claims)
+        caller = self._caller(claims, expires)
         self._cache[digest] = (expires, caller)
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
@@ -345,7 +349,7 @@ class TokenVerifier:
         # Rounded down to the second: a cached token may live shorter than its `exp`, never longer.
         return datetime.fromtimestamp(min(int(expires), _LAST_SECOND), UTC)
 
-    def _caller(self, claims: dict[str, Any]) -> Caller:
+    def _caller(self, claims: dict[str, Any], expires: datetime) -> Caller:
         role = claims.get("role")
         if not isinstance(role, str) or (self._issuer and claims.get("iss") != self._issuer):
             raise UnauthorizedError
@@ -357,7 +361,7 @@ class TokenVerifier:
         if not ((optional and "sub" not in claims) or _is_subject(subject)):
             raise UnauthorizedError
         known = role in {Role.AUTHENTICATED, Role.SERVICE_ROLE}
-        return Caller(Role(role) if known else Role.ANONYMOUS, subject)
+        return Caller(Role(role) if known else Role.ANONYMOUS, subject, expires)
 
 
 def _hmac_secret(secret: str) -> bytes | None:

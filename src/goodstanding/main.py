@@ -33,6 +33,8 @@ from goodstanding.metrics import forget_ended_processes
 from goodstanding.policy import ReputationPolicy
 from goodstanding.reputation_service import ReputationService
 from goodstanding.settings import Settings, load_settings
+from goodstanding.stream import before_stopping
+from goodstanding.subscribers import Subscribers
 from goodstanding.tasks import background, check_cancelled
 
 _log = structlog.get_logger("goodstanding")
@@ -207,10 +209,22 @@ async def open_runtime(
         limiter = RateLimiter.from_settings(settings, clock=utc_now, counters=opened.counters)
         spawn = await stack.enter_async_context(background())
         spawn(limiter.run())
+        subscribers = Subscribers(
+            opened.service.read_many,
+            clock=utc_now,
+            fresh=lambda: opened.freshness.trusted,
+            per_caller=settings.streams_per_caller,
+            per_process=settings.streams_per_process,
+        )
+        opened.heard.append(subscribers.changed)
+        spawn(subscribers.run())
+        stack.callback(subscribers.stop)
+        stack.enter_context(before_stopping(subscribers.stop))
         yield Runtime(
             service=opened.service,
             authenticator=authenticator,
             limiter=limiter,
+            subscribers=subscribers,
             key_set=key_set,
             public_reads=settings.public_reads,
             metrics_public=settings.metrics_public,
@@ -270,7 +284,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=[
-                *("Authorization", "Content-Type", "If-None-Match", "X-Request-ID"),
+                *("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"),
                 *(("X-Test-User-ID",) if settings.dev_auth else ()),
             ],
             expose_headers=["Cache-Status", "ETag", "Retry-After", "X-Request-ID"],

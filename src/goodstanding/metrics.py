@@ -77,6 +77,13 @@ BROADCAST_LISTENERS: Final = Gauge(
 RATE_LIMITED: Final = Counter(
     "goodstanding_rate_limited_total", "Requests refused by a rate limit, by kind.", ("kind",)
 )
+STREAMS: Final = Gauge("goodstanding_streams", "Streams that are open.", multiprocess_mode="livesum")
+STREAM_EVENTS: Final = Counter("goodstanding_stream_events_total", "Events that were sent, over all streams.")
+STREAMS_ENDED: Final = Counter(
+    "goodstanding_streams_ended_total",
+    "Streams that ended, by reason: gone (the client), slow (it did not read), expired (its token), stopped (we).",
+    ("reason",),
+)
 
 
 def render() -> bytes:

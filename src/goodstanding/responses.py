@@ -1,5 +1,6 @@
 """The bodies of the HTTP contract as Pydantic models: what the OpenAPI document promises and requests are read by."""
 
+import json
 from datetime import datetime
 from typing import Annotated, Final, Literal
 
@@ -15,6 +16,20 @@ _REPUTATION: Final[dict[str, JsonValue]] = {
     "no_shows": 1,
     "cache_timestamp": "2026-11-22T16:39:00.123456Z",
 }
+
+
+STREAM_EXAMPLE: Final = f"""retry: 2000
+
+event: reputation
+data: {json.dumps({"user_id": _USER, **_REPUTATION}, separators=(",", ":"))}
+id: 9f3c2b7a01d45e86
+
+event: user_not_found
+data: {{"user_id":"1c9e6a52-7b3d-4f08-a1c4-5d2e8f7b9a60"}}
+id: 27d1e0c4b86a93f5
+
+:
+"""
 
 
 class ReputationResponse(BaseModel):

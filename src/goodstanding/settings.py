@@ -157,6 +157,12 @@ class Settings(BaseSettings):
     admin_limit_per_minute: Annotated[
         int, Field(ge=1, le=1_000_000, description="Administrative calls per caller and minute, over the whole fleet.")
     ] = 60
+    streams_per_caller: Annotated[
+        int, Field(ge=1, le=10_000, description="Streams that one caller may have open in one process.")
+    ] = 20
+    streams_per_process: Annotated[int, Field(ge=1, le=100_000, description="Streams that one process holds open.")] = (
+        5000
+    )
     trusted_proxies: Annotated[
         _Listed,
         Field(description="Addresses or networks whose X-Forwarded-For is believed, separated by commas."),
