@@ -318,6 +318,10 @@ _WRONG: Final = [
     ("GOODSTANDING_UNKNOWN_TTL_SECONDS", "31"),
     ("GOODSTANDING_STALE_TTL_SECONDS", "3601"),
     ("GOODSTANDING_LOAD_DEADLINE_MS", "1s"),
+    ("GOODSTANDING_MEMORY_SECONDS", "301"),
+    ("GOODSTANDING_RELAY", "perhaps"),
+    ("GOODSTANDING_RELAY_DATABASE_URL", "redis://localhost"),
+    ("GOODSTANDING_RELAY_POLL_MS", "0"),
     ("GOODSTANDING_DATABASE_POOL_SIZE", "-1"),
     ("GOODSTANDING_JWT_SECRET", ""),
     ("GOODSTANDING_JWT_SECRET", "short"),
@@ -356,9 +360,11 @@ class TestServe:
         if name in {"GOODSTANDING_JWT_SECRET", "GOODSTANDING_DATABASE_URL"} and value:
             assert value not in told
 
-    def test_several_workers_need_redis(self) -> None:
-        """Several processes without a shared cache would not agree after an invalidation."""
-        assert "GOODSTANDING_REDIS_URL" in _one_line(_run("serve", "--workers", "2", environment=_FINE), 2)
+    def test_several_workers_need_a_way_to_hear_of_changes(self) -> None:
+        """Without Redis they hear from PostgreSQL, and a pooler in transaction mode passes nothing on."""
+        pooled = {**_FINE, "GOODSTANDING_DATABASE_TRANSACTION_POOLER": "true"}
+        told = _one_line(_run("serve", "--workers", "2", environment=pooled), 2)
+        assert "GOODSTANDING_RELAY_DATABASE_URL" in told
 
     @pytest.mark.parametrize("options", [("--port", "70000"), ("--workers", "0"), ("--port", "x")])
     def test_wrong_options_are_usage_errors(self, options: tuple[str, str]) -> None:

@@ -80,6 +80,8 @@ class Runtime:
     limiter: RateLimiter
     subscribers: Subscribers
     key_set: KeySet | None
+    hears: Callable[[], bool]
+    """Tells whether a relay was heard just now."""
     public_reads: bool
     metrics_public: bool
 
@@ -276,6 +278,9 @@ class _Endpoints:
         now = self._runtime()
         degraded: list[Any] = [*await now.service.check()]
         unavailable = len(degraded) > 1
+        if not (degraded or now.hears()):
+            # Where one of the two is away no relay can be heard, and that goes without saying.
+            degraded.append("relay")
         if now.key_set is not None and now.key_set.degraded:
             degraded.append("jwks")
             unavailable |= not now.key_set.ready

@@ -226,6 +226,7 @@ async def open_runtime(
             limiter=limiter,
             subscribers=subscribers,
             key_set=key_set,
+            hears=lambda: opened.freshness.trusted,
             public_reads=settings.public_reads,
             metrics_public=settings.metrics_public,
         )

@@ -104,7 +104,7 @@ class ReadyResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "degraded", "degraded": ["cache"]}]})
 
     status: Literal["ready", "degraded", "unavailable"]
-    degraded: list[Literal["database", "cache", "jwks"]]
+    degraded: list[Literal["database", "cache", "relay", "jwks"]]
 
 
 class ProblemResponse(BaseModel):
