@@ -347,7 +347,7 @@ async def test_a_server_without_a_free_place_is_an_outage(database: Database) ->
 
 def test_every_query_has_a_name_and_a_comment() -> None:
     """The named queries are read whole, each with the comment that says what it gives."""
-    assert {"counts", "attribute", "most_active", "ping"} == set(QUERIES)
+    assert {"counts", "attribute", "most_active", "ping", "status"} == set(QUERIES)
     assert all(query.startswith("-- ") for query in QUERIES.values())
     assert {"a": "select 1", "b_c": "-- why\nselect\n2"} == named_queries(
         "-- prologue\n\n-- name: a\nselect 1\n\n-- name: b_c\n-- why\nselect\n2\n"
