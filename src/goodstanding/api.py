@@ -321,6 +321,7 @@ def build_router(
             path,
             endpoint,
             methods=[method],
+            status_code=200,
             response_model=model if issubclass(model, BaseModel) else None,
             summary=summary,
             responses=responses,
