@@ -22,6 +22,7 @@ from goodstanding.demo import Ending, Event, ending
 from goodstanding.embedded import Postgres, Server, Valkey
 from goodstanding.errors import ConfigurationError
 from tests.conftest import connect
+from tests.streaming import streaming
 
 pytestmark = pytest.mark.slow
 _SECONDS: Final = 60.0
@@ -234,6 +235,19 @@ def test_a_completed_session_turns_a_badge_gold(client: httpx2.Client) -> None:
     assert "completed" == written["status"]
     after = reputation(client, user_id)
     assert ("gold", 10, 10, 0) == (after["badge_color"], after["score"], *counts(after))
+
+
+def test_every_window_sees_what_one_does(demonstration: Demo, client: httpx2.Client) -> None:
+    """Two windows watch the whole cast; a button in one of them changes the badge in both, without a reload."""
+    users = cast(client)
+    ravi = users["Ravi Menon"]
+    with demonstration.client() as other, streaming(client, *users.values()) as one, streaming(other, ravi) as two:
+        shown = {event.data["user_id"]: event.data["badge_color"] for event in (one.event() for _ in users)}
+        assert shown[ravi] == two.event().data["badge_color"] == "gold"
+        write(client, ravi, "miss")
+        for window in (one, two):
+            event = window.event()
+            assert (ravi, "green", 9) == tuple(event.data[name] for name in ("user_id", "badge_color", "score"))
 
 
 @pytest.mark.parametrize(

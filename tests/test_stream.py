@@ -1,7 +1,6 @@
 """The stream over real sockets: events, refusals, clients that vanish or do not read, and a server that stops."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -9,9 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Final, Literal, Self
 
 import httpx2
 import psutil
@@ -44,59 +42,7 @@ from tests.serving import (
     serving,
     wait_until,
 )
-
-STREAM: Final = "/api/user/reputation/stream"
-_SECONDS: Final = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event, or what stands between them: then `kind` is empty."""
-
-    kind: str
-    data: dict[str, Any]
-    place: str
-    lines: tuple[str, ...]
-
-
-class Reader:
-    """A client of a stream, which reads one block at a time."""
-
-    def __init__(self, answer: httpx2.Response) -> None:
-        self.answer = answer
-        self._lines = answer.iter_lines()
-
-    def block(self) -> Event:
-        """Wait for the next block."""
-        lines = []
-        for line in self._lines:
-            if not line:
-                break
-            lines.append(line)
-        else:
-            raise EOFError
-        fields = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith(":"))
-        return Event(fields.get("event", ""), json.loads(fields.get("data", "{}")), fields.get("id", ""), tuple(lines))
-
-    def event(self) -> Event:
-        """Wait for the next event."""
-        while not (block := self.block()).kind:
-            pass
-        return block
-
-    def rest(self) -> list[str]:
-        """Read until the stream ends."""
-        return [*self._lines]
-
-
-@contextmanager
-def streaming(client: httpx2.Client, *users: str, **headers: str) -> Iterator[Reader]:
-    """Open a stream."""
-    given = headers if "Authorization" in headers else bearer() | headers
-    with client.stream("GET", STREAM, params={"user_id": users}, headers=given, timeout=_SECONDS) as answer:
-        if answer.status_code != httpx2.codes.OK:
-            answer.read()
-        yield Reader(answer)
+from tests.streaming import SECONDS, STREAM, streaming
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +270,7 @@ def _narrow(app: FastAPI, protocol: Literal["h11", "httptools"], loop: Literal["
             yield port
         finally:
             server.should_exit = True
-            thread.join(_SECONDS)
+            thread.join(SECONDS)
             assert not thread.is_alive()
 
 
@@ -388,7 +334,7 @@ def test_a_client_that_does_not_read_is_cut_off(
             assert thread.is_alive()
         finally:
             stop.set()
-            thread.join(_SECONDS)
+            thread.join(SECONDS)
     assert [] == [record.getMessage() for record in caplog.records if record.levelname in {"ERROR", "WARNING"}]
 
 
@@ -466,13 +412,13 @@ def test_a_server_that_stops_tells_its_clients_to_come_back(
         assert process.stdout is not None
         streams = []
         for _ in range(50):
-            client = stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_SECONDS))
+            client = stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS))
             streams.append(stack.enter_context(streaming(client, user, **who)))
             streams[-1].event()
         began = time.monotonic()
         process.send_signal(ending)
         delays = [int(line.removeprefix("retry: ")) for stream in streams for line in stream.rest() if line]
-        code = process.wait(_SECONDS)
+        code = process.wait(SECONDS)
         took = time.monotonic() - began
         told = process.stdout.read()
     assert 50 == len(delays)
@@ -512,7 +458,7 @@ class TestBeforeStopping:
             theirs = signal.getsignal(signal.SIGTERM)
             with before_stopping(stop):
                 signal.raise_signal(signal.SIGTERM)
-                async with asyncio.timeout(_SECONDS):
+                async with asyncio.timeout(SECONDS):
                     await called.wait()
             assert ["theirs", "ours"] == heard
             assert theirs is signal.getsignal(signal.SIGTERM)
@@ -555,5 +501,5 @@ class TestBeforeStopping:
         before = signal.getsignal(signal.SIGTERM)
         thread = threading.Thread(target=run)
         thread.start()
-        thread.join(_SECONDS)
+        thread.join(SECONDS)
         assert [before] == ran
