@@ -1,11 +1,12 @@
 """Who says what changed, and who hears it: by Redis pub/sub or, without a Redis, by PostgreSQL's NOTIFY.
 
 Four messages. `changed` and `all`: whose counts changed, and that nothing cached about them is left. `lead`: a relay
-begins a term. `beat`: that relay has told everything that was committed when it looked. A beat that is missing is how
-a process learns that it may be the one who does not hear; see Freshness.
+begins a term. `beat`: that relay has told everything that was committed when it looked, which was at that moment of
+its own clock. A beat that is missing or late is how a process learns that it may be the one who does not hear.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -13,7 +14,6 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import asyncpg
-import structlog
 
 from goodstanding.cache import RedisCache
 from goodstanding.data import Clock, UserId
@@ -30,13 +30,14 @@ Heard = Callable[[Sequence[UserId] | None], None]
 BELIEF_SECONDS: Final = 1.5
 """So long after a beat a process believes what is cached; with what a beat takes, nothing is stale for 2 s."""
 
-_log = structlog.get_logger("goodstanding")
+_NEVER: Final = float("inf")
 _CHANNEL: Final = "goodstanding"
 _AGAIN_SECONDS: Final = 0.2
 _CHECK_SECONDS: Final = 0.5
 _CONNECT_SECONDS: Final = 1.0
 _USERS_A_MESSAGE: Final = 200
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
+_BEAT: Final = re.compile(r"([0-9]{1,19}) ([0-9]{1,19})", re.ASCII)
 _NOTIFY: Final = "select pg_notify($1::text, message) from unnest($2::text[]) as message"
 
 
@@ -46,13 +47,14 @@ class Freshness:
     `monotonic` gives seconds that never go back; `clock` is compared with the moments at which others computed.
     """
 
-    __slots__ = ("_clock", "_monotonic", "_term", "_until")
+    __slots__ = ("_ahead", "_clock", "_monotonic", "_term", "_until")
 
     def __init__(self, *, clock: Clock, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._monotonic = monotonic
         self._term = 0
-        self._until = float("-inf")
+        self._ahead = _NEVER
+        self._until = -_NEVER
 
     @property
     def trusted(self) -> bool:
@@ -67,17 +69,24 @@ class Freshness:
         """Note a new relay: what the one before said counts no longer."""
         if term > self._term:
             self._term = term
-            self._until = float("-inf")
+            self.lose()
 
-    def beat(self, term: int) -> None:
-        """Note that the relay of this term has told everything; one that another has replaced is not believed."""
-        if term >= self._term:
-            self._term = term
-            self._until = self._monotonic() + BELIEF_SECONDS
+    def beat(self, term: int, looked: float) -> None:
+        """Note that the relay of this term has told everything that was committed when it `looked`, by its own clock.
+
+        One that another relay has replaced is not believed, and one that comes late not for long: how late is seen
+        from the quickest one, so that clocks need not agree. A process that was frozen finds many of these.
+        """
+        self.lead(term)
+        if term == self._term:
+            now = self._monotonic()
+            self._ahead = min(self._ahead, now - looked)
+            self._until = looked + self._ahead + BELIEF_SECONDS
 
     def lose(self) -> None:
         """Note that something may have been missed."""
-        self._until = float("-inf")
+        self._ahead = _NEVER
+        self._until = -_NEVER
 
 
 class Broadcast:
@@ -94,8 +103,11 @@ class Broadcast:
             self._tell([UserId(user) for user in rest.split(" ")])
         elif word == "all":
             self._tell(None)
-        elif word in {"lead", "beat"} and rest.isdecimal():
-            (self.freshness.lead if word == "lead" else self.freshness.beat)(int(rest))
+        elif (beat := _BEAT.fullmatch(rest)) is not None:
+            if word == "lead":
+                self.freshness.lead(int(beat[1]))
+            elif word == "beat":
+                self.freshness.beat(int(beat[1]), int(beat[2]) / 1000)
 
     def lose(self) -> None:
         """Forget what was known by hearing: something may have been missed."""
@@ -112,13 +124,11 @@ async def hear_redis(broadcast: Broadcast, cache: RedisCache) -> None:
     while True:
         check_cancelled()
         try:
-            async with cache.subscription(broadcast.receive) as subscription:
+            async with cache.subscription(broadcast.receive, broadcast.lose) as subscription:
                 with BROADCAST_LISTENERS.track_inprogress():
                     await subscription.wait_until_lost(_CHECK_SECONDS)
         except CacheAwayError:
             pass
-        finally:
-            broadcast.lose()
         await asyncio.sleep(_AGAIN_SECONDS)
 
 
@@ -166,6 +176,16 @@ class Announcer:
             self._connection = None
             broadcast.lose()
             connection.terminate()
+
+
+def lead(term: int) -> str:
+    """Write that a relay begins its term."""
+    return f"lead {term} 0"
+
+
+def beat(term: int, looked: float) -> str:
+    """Write that the relay of this term has told all that was committed when it looked; in seconds of its own clock."""
+    return f"beat {term} {int(looked * 1000)}"
 
 
 def messages(users: Sequence[UserId] | None) -> Iterator[str]:

@@ -291,10 +291,13 @@ class RedisCache:
         return doubted
 
     @asynccontextmanager
-    async def subscription(self, receive: Callable[[bytes], None]) -> AsyncIterator[Subscription]:
+    async def subscription(
+        self, receive: Callable[[bytes], None], lost: Callable[[], None]
+    ) -> AsyncIterator[Subscription]:
         """Listen to what every process is told; raises CacheAwayError. One at a time.
 
-        It ends whenever the connection of the commands is made anew: Redis may be another one since then.
+        `lost` is called at the moment from which on something may be missed. That is also
+        whenever the connection of the commands is made anew: Redis may be another one since then.
         """
         if self._closed or not self._breaker.closed:
             raise CacheAwayError
@@ -302,7 +305,7 @@ class RedisCache:
             writer = await open_writer(self._listening_pool(), deadline=self._deadline)
         except Exception as error:
             raise CacheAwayError from error
-        self._subscription = Subscription(writer, self._channel, receive)
+        self._subscription = Subscription(writer, self._channel, receive, lost)
         try:
             try:
                 async with within(self._deadline):

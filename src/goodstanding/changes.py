@@ -15,7 +15,7 @@ import asyncpg
 import structlog
 
 from goodstanding import tallies
-from goodstanding.broadcast import messages, notify
+from goodstanding.broadcast import beat, lead, messages, notify
 from goodstanding.cache import RedisCache
 from goodstanding.data import Clock, UserId
 from goodstanding.errors import TemporarilyUnavailableError
@@ -36,6 +36,7 @@ _RECOUNT_SECONDS: Final = (0.05, 1.0)
 _FOLLOW_SECONDS: Final = (0.2, 0.4)
 _AWAKE_SECONDS: Final = 0.3
 _DEADLINE_SECONDS: Final = 5.0
+_RECOUNT_DEADLINE_SECONDS: Final = 300.0
 _CONNECT_SECONDS: Final = 1.0
 _LOCK: Final = 7_239_817_264_501_103
 _IDLE: Final = "select set_config('idle_session_timeout', '1000', false)"
@@ -82,8 +83,8 @@ class Publisher(Protocol):
         """Drop what is cached about these users, or (None) about everybody, and say so."""
         ...
 
-    async def beat(self, ledger: Ledger, term: int) -> None:
-        """Say that everything is told that was committed when the relay last looked."""
+    async def beat(self, ledger: Ledger, term: int, looked: float) -> None:
+        """Say that everything is told that was committed when the relay looked, in seconds of its own clock."""
         ...
 
 
@@ -100,7 +101,7 @@ class RedisPublisher:
 
     async def lead(self, _ledger: Ledger, term: int) -> None:
         """Say that a relay begins its term."""
-        await self._cache.say(f"lead {term}")
+        await self._cache.say(lead(term))
 
     async def changed(self, ledger: Ledger, users: Sequence[UserId] | None) -> None:
         """Drop what Redis holds, then say so."""
@@ -110,10 +111,10 @@ class RedisPublisher:
         else:
             await self._cache.invalidate(users)
 
-    async def beat(self, ledger: Ledger, term: int) -> None:
+    async def beat(self, ledger: Ledger, term: int, looked: float) -> None:
         """Say that everything is told; a Redis that may have lost an invalidation is emptied first."""
         async with _awake(ledger):
-            await self._cache.say_vouched(f"beat {term}")
+            await self._cache.say_vouched(beat(term, looked))
 
 
 @asynccontextmanager
@@ -145,15 +146,15 @@ class NotifyPublisher:
 
     async def lead(self, ledger: Ledger, term: int) -> None:
         """Say that a relay begins its term."""
-        await ledger.notify(f"lead {term}")
+        await ledger.notify(lead(term))
 
     async def changed(self, ledger: Ledger, users: Sequence[UserId] | None) -> None:
         """Say whose counts changed, when the fold is committed."""
         await ledger.notify(*messages(users))
 
-    async def beat(self, ledger: Ledger, term: int) -> None:
+    async def beat(self, ledger: Ledger, term: int, looked: float) -> None:
         """Say that everything is told."""
-        await ledger.notify(f"beat {term}")
+        await ledger.notify(beat(term, looked))
 
 
 class SessionLedger:
@@ -201,7 +202,7 @@ class SessionLedger:
 
     async def recount(self, batch: int) -> Recounted:
         """Count again, in a transaction of its own."""
-        return await tallies.recount(self._connection, batch)
+        return await tallies.recount(self._connection, batch, timeout=_RECOUNT_DEADLINE_SECONDS)
 
     async def notify(self, *said: str) -> None:
         """Say something when the transaction commits, or at once."""
@@ -256,20 +257,20 @@ class Relay:
                 _log.info("relay_stopped")
 
     async def _lead(self, ledger: Ledger, term: int) -> None:
-        beat = recount = self._monotonic()
+        beat_due = recount_due = self._monotonic()
         while True:
             check_cancelled()
+            looked = self._monotonic()
             if await ledger.pending() and not await self._fold(ledger):
                 continue
-            now = self._monotonic()
-            if now >= beat:
-                beat = now + BEAT_SECONDS
-                await self._publisher.beat(ledger, term)
-            if now >= recount:
+            if looked >= beat_due:
+                beat_due = looked + BEAT_SECONDS
+                await self._publisher.beat(ledger, term, looked)
+            if looked >= recount_due:
                 recounted = await ledger.recount(_USERS_A_RECOUNT)
                 USERS_RECOUNTED.inc(recounted.users)
                 busy = recounted.users or recounted.waiting or recounted.counting
-                recount = self._monotonic() + _RECOUNT_SECONDS[0 if busy else 1]
+                recount_due = self._monotonic() + _RECOUNT_SECONDS[0 if busy else 1]
             await asyncio.sleep(self._poll_seconds)
 
     async def _fold(self, ledger: Ledger) -> bool:

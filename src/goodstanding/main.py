@@ -85,7 +85,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
                 heard.append(tier.evict)
         else:
             cache = memory = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
-            if live:
+            if live and settings.session_database() is not None:
                 memory.announce = announcer.say
                 heard.append(memory.evict)
         history = await stack.enter_async_context(

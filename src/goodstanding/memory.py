@@ -206,9 +206,10 @@ class MemoryTier:
 
     async def fill(self, entries: Mapping[UserId, Entry], token: str) -> list[bool]:
         """Store below, and here what was stored there."""
+        hearing = self.trusted()
         asked = self._events
         stored = await self.below.fill(entries, token)
-        if self.trusted():
+        if hearing:
             for (user, entry), is_stored in zip(entries.items(), stored, strict=True):
                 if is_stored:
                     self._keep(user, entry, asked)

@@ -72,12 +72,12 @@ async def fold(connection: "_Connection", batch: int) -> Folded:
     return Folded(changes, everybody, tuple(UserId(str(user)) for user in users), oldest)
 
 
-async def recount(connection: "_Connection", batch: int) -> Recounted:
+async def recount(connection: "_Connection", batch: int, *, timeout: float | None = None) -> Recounted:  # noqa: ASYNC109 - asyncpg's own
     """Count at most `batch` users again, and as many of everybody, in a transaction of its own.
 
-    No count changes by it, so nothing needs to be invalidated.
+    No count changes by it, so nothing needs to be invalidated. `timeout` in seconds; None: the connection's own.
     """
-    (row,) = await connection.fetch(QUERIES["recount"], batch)
+    (row,) = await connection.fetch(QUERIES["recount"], batch, timeout=timeout)
     return Recounted(*row)
 
 

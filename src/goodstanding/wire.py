@@ -235,10 +235,20 @@ async def open_writer(pool: ConnectionPool, *, deadline: float) -> asyncio.Strea
 
 
 class Subscription(asyncio.Protocol):
-    """A connection that listens to one channel; `receive` gets each message at the moment it arrives, in order."""
+    """A connection that listens to one channel; `receive` gets each message at the moment it arrives, in order.
 
-    def __init__(self, writer: asyncio.StreamWriter, channel: str, receive: Callable[[bytes], None]) -> None:
+    `lost` is called once, when no more will come.
+    """
+
+    def __init__(
+        self,
+        writer: asyncio.StreamWriter,
+        channel: str,
+        receive: Callable[[bytes], None],
+        lost: Callable[[], None],
+    ) -> None:
         self._receive = receive
+        self._tell_lost = lost
         self._reader = hiredis.Reader()
         self._writer = writer
         self._quiet = 0
@@ -265,8 +275,11 @@ class Subscription(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection; nothing is received any more."""
+        if self._lost.is_set():
+            return
         self._lost.set()
         self._confirmed.set()
+        self._tell_lost()
         self._writer.transport.set_protocol(asyncio.Protocol())
         self._writer.transport.abort()
 
