@@ -166,6 +166,8 @@ class Announcer:
         )
         try:
             await connection.add_listener(_CHANNEL, lambda *said: broadcast.receive(str(said[3]).encode()))
+            # What was loaded while nobody listened may have changed since, and nobody was told.
+            broadcast.lose()
             self._connection = connection
             with BROADCAST_LISTENERS.track_inprogress():
                 while True:
