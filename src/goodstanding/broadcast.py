@@ -31,6 +31,8 @@ BELIEF_SECONDS: Final = 1.5
 """So long after a beat a process believes what is cached; with what a beat takes, nothing is stale for 2 s."""
 
 _NEVER: Final = float("inf")
+_DRIFT: Final = 0.001
+"""So much faster one clock may go than another; those that are disciplined stay within half of it."""
 _CHANNEL: Final = "goodstanding"
 _AGAIN_SECONDS: Final = 0.2
 _CHECK_SECONDS: Final = 0.5
@@ -47,13 +49,14 @@ class Freshness:
     `monotonic` gives seconds that never go back; `clock` is compared with the moments at which others computed.
     """
 
-    __slots__ = ("_ahead", "_clock", "_monotonic", "_term", "_until")
+    __slots__ = ("_ahead", "_at", "_clock", "_monotonic", "_term", "_until")
 
     def __init__(self, *, clock: Clock, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._monotonic = monotonic
         self._term = 0
         self._ahead = _NEVER
+        self._at = 0.0
         self._until = -_NEVER
 
     @property
@@ -75,12 +78,14 @@ class Freshness:
         """Note that the relay of this term has told everything that was committed when it `looked`, by its own clock.
 
         One that another relay has replaced is not believed, and one that comes late not for long: how late is seen
-        from the quickest one, so that clocks need not agree. A process that was frozen finds many of these.
+        from the quickest one, so that clocks need not agree, nor go equally fast. A process that was frozen finds many
+        of these.
         """
         self.lead(term)
         if term == self._term:
             now = self._monotonic()
-            self._ahead = min(self._ahead, now - looked)
+            self._ahead = min(self._ahead + _DRIFT * (now - self._at), now - looked)
+            self._at = now
             self._until = looked + self._ahead + BELIEF_SECONDS
 
     def lose(self) -> None:
