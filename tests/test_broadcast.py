@@ -283,7 +283,7 @@ class TestRedis:
         async with _hearing(redis_url, listener) as cache:
             await cache.say_vouched(beat(5, 1.0))
             await cache.say_vouched(beat(5, 1.0))
-            await eventually(lambda: listener.trusts())
+            await eventually(listener.trusts)
 
     @pytest.mark.parametrize("kind", ["pubsub", "normal"])
     async def test_a_connection_that_is_ended_is_noticed_and_replaced(
