@@ -5,7 +5,9 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,6 +16,7 @@ from redis.asyncio import Redis, RedisCluster
 from goodstanding import cache as cache_module
 from goodstanding.cache import RedisCache, connect, last_good_key, lease_key, value_key
 from goodstanding.data import UserId, parse_user_id
+from goodstanding.embedded import Valkey
 from goodstanding.entry import Entry, Fetched, Lives, encode
 from goodstanding.errors import CacheAwayError
 from goodstanding.policy import LEGACY, STANDARD
@@ -564,3 +567,212 @@ async def test_the_life_of_a_value_counts_from_the_fill(redis_cache: RedisCache)
     await redis_cache.lease([_ME], "t1")
     await redis_cache.fill({_ME: old}, "t1")
     assert [Fetched(old, None)] == await redis_cache.fetch([_ME])
+
+
+# What was computed before a moment.
+
+
+async def test_what_is_too_old_is_a_miss(redis_url: str) -> None:
+    """Values computed before `oldest()` are not served and may be loaded anew; the good copies stay what they are."""
+    oldest: list[datetime | None] = [None]
+    async with RedisCache.open(
+        redis_url, deadline=PATIENT, policy=STANDARD.version, lives=LIVES, oldest=lambda: oldest[0]
+    ) as cache:
+        await cache.lease([_ME, _OTHER], "t1")
+        await cache.fill({_ME: entry(at=NOON), _OTHER: Entry(None, NOON)}, "t1")
+        for floor, served in ((None, True), (NOON, True), (NOON + timedelta(milliseconds=1), False)):
+            oldest[0] = floor
+            found = await cache.fetch([_ME, _OTHER])
+            assert [entry(), _UNKNOWN] == [each.entry for each in found] if served else [_NOTHING, _NOTHING] == found
+            assert [not served] == await cache.lease([_ME], "t2", unless_cached=True)
+            await cache.release([_ME], "t2")
+        assert [entry(), None] == await cache.fetch_last_good([_ME, _OTHER])
+
+
+# What Redis says to every process.
+
+
+@asynccontextmanager
+async def _heard(cache: RedisCache) -> AsyncIterator[list[bytes]]:
+    """Listen to what is said, until the block ends."""
+    await cache.fetch([_ME])  # the connection of the commands: one that is made later ends the subscription
+    said: list[bytes] = []
+    async with cache.subscription(said.append, lambda: said.append(b"lost")):
+        yield said
+
+
+async def _say(cache: RedisCache, message: str, heard: list[bytes]) -> bool:
+    """Say it vouched, and tell whether it was heard; what is said after it is heard after it."""
+    await cache.say_vouched(message)
+    await cache.say("end")
+    await eventually(lambda: heard[-1:] == [b"end"])
+    told = message.encode() in heard
+    heard.clear()
+    return told
+
+
+async def _remembers(cache: RedisCache) -> bool:
+    return [_NOTHING] != await cache.fetch([_ME]) or [None] != await cache.fetch_last_good([_ME])
+
+
+async def _fill(cache: RedisCache) -> None:
+    await cache.lease([_ME], "t1", seize=True)
+    assert [True] == await cache.fill({_ME: entry()}, "t1")
+
+
+async def test_a_redis_that_is_vouched_for_speaks(redis_url: str) -> None:
+    """A Redis that nobody vouched for is emptied, and says nothing of it yet; then it speaks, and keeps what it has."""
+    async with open_redis(redis_url) as cache, open_redis(redis_url) as other, _heard(other) as heard:
+        await _fill(cache)
+        await cache.say_vouched("hello")
+        assert not await _remembers(cache)
+        await eventually(lambda: heard == [b"all"])
+        heard.clear()
+        await _fill(cache)
+        for number in range(3):
+            assert await _say(cache if number % 2 else other, f"hello {number}", heard)
+        assert await _remembers(cache)
+
+
+@pytest.mark.parametrize("how", ["flushed", "marker evicted", "marker of another type", "marker of another run"])
+async def test_a_redis_that_may_have_lost_something_is_emptied(redis_url: str, how: str) -> None:
+    """Whatever became of the marker, nothing of before is believed, and one beat later it is vouched for again."""
+    marker = "{goodstanding:probe}:run"
+    async with open_redis(redis_url) as cache, _heard(cache) as heard, admin(redis_url) as client:
+        await cache.say_vouched("hello")
+        assert await _say(cache, "hello", heard)
+        await _fill(cache)
+        if how == "flushed":
+            await client.flushall()
+        elif how == "marker evicted":
+            await client.delete(marker)
+        elif how == "marker of another type":
+            await client.delete(marker)
+            await client.rpush(marker, "x")
+        else:
+            await client.set(marker, "0" * 40)
+        assert not await _say(cache, "hello", heard)
+        assert not await _remembers(cache)
+        assert await _say(cache, "hello", heard)
+
+
+async def test_a_redis_that_comes_back_with_old_values_is_emptied(tmp_path: Path) -> None:
+    """A snapshot brings back what was dropped after it was taken; none of it is left when Redis speaks again."""
+    with Valkey(tmp_path / "valkey") as server:
+        async with open_redis(server.url()) as cache, admin(server.url()) as client:
+            await cache.say_vouched("hello")
+            await cache.say_vouched("hello")
+            await _fill(cache)
+            await client.save()
+            await cache.invalidate([_ME])
+            assert not await _remembers(cache)
+            server.kill()
+            server.start()
+            await eventually(lambda: _answers(cache))
+            await eventually(lambda: cache.available)
+            assert await _remembers(cache)
+            async with _heard(cache) as heard:
+                assert not await _say(cache, "hello", heard)
+                assert not await _remembers(cache)
+                assert await _say(cache, "hello", heard)
+
+
+async def _answers(cache: RedisCache) -> bool:
+    try:
+        await cache.fetch([_ME])
+    except CacheAwayError:
+        return False
+    return True
+
+
+async def test_a_promoted_replica_is_emptied(tmp_path: Path) -> None:
+    """A replica has the marker, too, but is another run: what it had not been told of is dropped."""
+    with Valkey(tmp_path / "one") as primary, Valkey(tmp_path / "two") as replica:
+        async with (
+            open_redis(primary.url()) as cache,
+            admin(replica.url()) as second,
+        ):
+            await cache.say_vouched("hello")
+            password = (tmp_path / "one" / "password").read_text()
+            await second.config_set("masterauth", password)
+            await second.replicaof("127.0.0.1", str(primary.port))
+            await _fill(cache)
+
+            async def is_copied() -> bool:
+                return bool(await second.exists(value_key(_ME)) and await second.exists("{goodstanding:probe}:run"))
+
+            await eventually(is_copied)
+            await second.replicaof("NO", "ONE")
+            await cache.invalidate([_ME])
+        async with open_redis(replica.url()) as promoted, _heard(promoted) as heard:
+            assert await _remembers(promoted)
+            assert not await _say(promoted, "hello", heard)
+            assert not await _remembers(promoted)
+            assert await _say(promoted, "hello", heard)
+
+
+async def test_a_redis_that_cannot_be_vouched_for_says_nothing(redis_url: str) -> None:
+    """One that takes no writes, or whose channel is forbidden, is away, and no beat comes from it."""
+    async with open_redis(redis_url) as cache, admin(redis_url) as client:
+        await client.config_set("maxmemory", 1)
+        with pytest.raises(CacheAwayError):
+            await cache.say_vouched("hello")
+        await client.config_set("maxmemory", 0)
+        await eventually(lambda: cache.available)
+        await client.acl_setuser("default", enabled=True, keys=["*"], channels=[], reset_channels=True)
+        try:
+            for say in (cache.say("hello"), cache.invalidate([_ME])):
+                await eventually(lambda: cache.available)
+                with pytest.raises(CacheAwayError):
+                    await say
+        finally:
+            await client.acl_setuser("default", enabled=True, keys=["*"], channels=["*"])
+
+
+async def test_nobody_listens_to_a_redis_that_is_away(redis_url: str) -> None:
+    """A subscription is refused while the circuit is open, by a server that is not there, and after the end."""
+    async with open_redis("redis://127.0.0.1:1/0", deadline=0.5) as away:
+        assert isinstance(await _outcome(_listen(away)), CacheAwayError)
+        away._breaker.close()  # noqa: SLF001 - as if it had not been noticed yet
+        assert isinstance(await _outcome(_listen(away)), CacheAwayError)
+    async with open_redis(redis_url) as cache:
+        assert await _outcome(_listen(cache)) is None
+    assert isinstance(await _outcome(_listen(cache)), CacheAwayError)
+
+
+async def test_a_subscription_that_nobody_confirms_fails(redis_url: str) -> None:
+    """A server that says nothing to SUBSCRIBE is left within the deadline."""
+    proxy = Proxy(redis_url)
+    async with proxy.serve(), open_redis(proxy.url, deadline=0.3) as cache:
+        proxy.delay = lambda: 0.2 if proxy.turns[-1].startswith(b"*2\r\n$9\r\nSUBSCRIBE") else 0.0
+        assert await _outcome(_listen(cache)) is None
+        proxy.delay = lambda: 3600.0 if proxy.turns[-1].startswith(b"*2\r\n$9\r\nSUBSCRIBE") else 0.0
+        assert isinstance(await _outcome(_listen(cache)), CacheAwayError)
+        assert cache.available
+
+
+async def _listen(cache: RedisCache) -> None:
+    async with cache.subscription(lambda _: None, lambda: None):
+        pass
+
+
+async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
+    """Whoever hears of an invalidation finds nothing of before it any more, whoever asks."""
+    async with open_redis(redis_url) as cache, open_redis(redis_url) as other:
+        await other.fetch([_ME])
+        users = [user(number) for number in range(600)]
+        await cache.lease(users, "t1")
+        await cache.fill(dict.fromkeys(users, entry()), "t1")
+        found: list[Sequence[Fetched]] = []
+        async with asyncio.TaskGroup() as group:
+
+            async def look() -> None:
+                found.append(await other.fetch(users))
+
+            def hear(_: bytes) -> None:
+                group.create_task(look())
+
+            async with other.subscription(hear, lambda: None):
+                await cache.invalidate(users)
+                await eventually(lambda: len(found) == 2)
+    assert [[_NOTHING] * len(users)] * 2 == found

@@ -268,7 +268,8 @@ class RedisCache:
         """Tell every process, and only from a Redis that has lost no invalidation: one that may have is emptied first.
 
         One that was restarted, or a replica that was promoted, may have again what was dropped. So each server holds
-        the name of its own run: another run is not the one that is written there. Raises CacheAwayError.
+        the name of its own run: another run is not the one that is written there. After it was emptied nothing is
+        said, since that may have taken long: say it again, if it still holds. Raises CacheAwayError.
         """
         keys = [f"{{{key}}}:run" for key in self._probe_keys()]
         doubted = await self._vouch(keys, "", message)
@@ -276,8 +277,6 @@ class RedisCache:
             await self.invalidate_all()
             for run in set(doubted.values()):
                 await self._vouch([key for key in keys if doubted.get(key) == run], run, "")
-            if await self._vouch(keys, "", message):
-                raise CacheAwayError
 
     async def _vouch(self, keys: Sequence[str], run: str, message: str) -> dict[str, str]:
         """Ask each server whether its run is vouched for, and the last to say the message; gives the doubted runs."""

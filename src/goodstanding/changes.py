@@ -128,7 +128,10 @@ async def _awake(ledger: Ledger) -> AsyncIterator[None]:
                 async with asyncio.timeout(_AWAKE_SECONDS):
                     await done.wait()
                     return
-            await ledger.pending()
+            try:
+                await ledger.pending()
+            except Exception:  # noqa: BLE001 - whoever needs the session next finds out by himself
+                return
 
     async with background() as spawn:
         showing = spawn(show())
@@ -242,6 +245,9 @@ class Relay:
                         await self._serve(ledger)
                 except TemporarilyUnavailableError as error:
                     _log.debug("relay_session_ended", cause=repr(error.__cause__))
+                except Exception:  # noqa: BLE001 - see below
+                    # Whatever it was, reads are exact without a relay: the process that serves them must outlive it.
+                    _log.exception("relay_failed")
             await asyncio.sleep(self._random(*_FOLLOW_SECONDS))
 
     async def _serve(self, ledger: Ledger) -> None:

@@ -1,0 +1,611 @@
+"""The relay: what it carries, in which order, and that nothing is lost whatever ends it between two steps."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import asyncpg
+import pytest
+import redis.asyncio
+
+from goodstanding import tallies
+from goodstanding.cache import RedisCache, value_key
+from goodstanding.changes import BEAT_SECONDS, Ledger, NotifyPublisher, Publisher, RedisPublisher, Relay, SessionLedger
+from goodstanding.data import UserId
+from goodstanding.embedded import Postgres, Valkey
+from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
+from goodstanding.main import utc_now
+from goodstanding.policy import STANDARD
+from goodstanding.reputation_service import ReputationService, Source
+from goodstanding.tallies import Folded
+from goodstanding.tasks import background
+from tests.conftest import Database, connect
+from tests.parts import Proxy, Truth, admin, eventually, metric, open_redis, open_service, settled, user
+
+_FAILOVER = 3.5
+"""2 s are promised; the rest is what a busy machine may add."""
+_SERVED_BY = "datname = current_database() and usename = 'app_login'"
+_END_SESSIONS = f"select count(pg_terminate_backend(pid)) from pg_stat_activity where {_SERVED_BY}"  # noqa: S608 - no input
+_LEADERS = (
+    "select count(*) from pg_locks where locktype = 'advisory' and granted"
+    " and database = (select oid from pg_database where datname = current_database())"
+)
+
+
+@dataclass(slots=True)
+class _Told:
+    """A publisher that notes what it is told, and may fail before or after it has told Redis."""
+
+    to: Publisher
+    told: list[Sequence[UserId] | None] = field(default_factory=list)
+    beats: list[tuple[int, float]] = field(default_factory=list)
+    before: Callable[[], Awaitable[None]] | None = None
+    after: Callable[[], Awaitable[None]] | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether Redis takes writes."""
+        return self.to.available
+
+    async def lead(self, ledger: Ledger, term: int) -> None:
+        """Pass it on."""
+        await self.to.lead(ledger, term)
+
+    async def changed(self, ledger: Ledger, users: Sequence[UserId] | None) -> None:
+        """Pass it on, between what the test does before and after."""
+        if self.before is not None:
+            await self.before()
+        await self.to.changed(ledger, users)
+        self.told.append(users)
+        if self.after is not None:
+            await self.after()
+
+    async def beat(self, ledger: Ledger, term: int, looked: float) -> None:
+        """Pass it on."""
+        await self.to.beat(ledger, term, looked)
+        self.beats.append((term, looked))
+
+
+def _relay(database: Database, publisher: Publisher) -> Relay:
+    return Relay(
+        partial(SessionLedger.open, database.service_url),
+        publisher,
+        poll_seconds=0.005,
+        clock=utc_now,
+        random=random.uniform,
+    )
+
+
+@asynccontextmanager
+async def _relaying(database: Database, url: str, *, deadline: float = 0.5) -> AsyncIterator[_Told]:
+    """Run a relay until the block ends."""
+    async with open_redis(url, deadline=deadline) as cache, background() as spawn:
+        told = _Told(RedisPublisher(cache))
+        spawn(_relay(database, told).run())
+        await eventually(lambda: bool(told.beats))
+        yield told
+
+
+@asynccontextmanager
+async def _serving(database: Database, url: str) -> AsyncIterator[tuple[ReputationService, RedisCache]]:
+    async with open_redis(url) as cache, open_service(cache, database.service_url) as service:
+        yield service, cache
+
+
+async def _counted(service: ReputationService, truth: Truth) -> int:
+    data = (await service.read(truth.user_id)).data
+    assert data is not None
+    return data.completed_sessions
+
+
+async def _is_folded(database: Database) -> bool:
+    async with database.owner() as owner:
+        return not await owner.fetchval("select reputation.pending()")
+
+
+async def _leaders(database: Database) -> int:
+    async with database.owner() as owner:
+        count: int = await owner.fetchval(_LEADERS)
+        return count
+
+
+async def _fail() -> None:
+    raise CacheAwayError
+
+
+class TestCarrying:
+    """From a commit to every cache."""
+
+    async def test_a_change_drops_what_is_cached(self, database: Database, redis_url: str) -> None:
+        """What is cached stays cached until it changes, and then the next read counts."""
+        truth, other = await Truth.of(database, 1), await Truth.of(database, 1)
+        async with _relaying(database, redis_url) as told, _serving(database, redis_url) as (service, _):
+            await eventually(lambda: _is_folded(database))
+            for one in (truth, other):
+                assert 1 == await _counted(service, one)
+            await settled(service)
+            told.told.clear()
+            before = metric("goodstanding_changes_folded_total"), metric("goodstanding_change_seconds_count")
+            await truth.complete()
+            await eventually(lambda: bool(told.told))
+            assert 2 == await _counted(service, truth)
+            assert Source.HIT is (await service.read(other.user_id)).source
+            await eventually(lambda: _is_folded(database))
+            assert truth.user_id in (told.told[0] or ())
+            assert (2, 1) == (
+                metric("goodstanding_changes_folded_total") - before[0],
+                metric("goodstanding_change_seconds_count") - before[1],
+            )
+            assert 1 == metric("goodstanding_relay_leading")
+        assert 0 == metric("goodstanding_relay_leading")
+
+    async def test_caches_are_told_before_the_fold_is_committed(self, database: Database, redis_url: str) -> None:
+        """While they are told the changes still wait, and the value is gone from Redis before the commit."""
+        seen: list[tuple[bool, int]] = []
+        async with (
+            _relaying(database, redis_url) as told,
+            _serving(database, redis_url) as (service, _),
+            admin(redis_url) as client,
+        ):
+            truth = await Truth.of(database, 1)
+            await eventually(lambda: _is_folded(database))
+            await service.read(truth.user_id)
+            await settled(service)
+
+            async def look() -> None:
+                seen.append((await _is_folded(database), await client.exists(value_key(truth.user_id))))
+
+            told.before = told.after = look
+            await truth.complete()
+            await eventually(lambda: _is_folded(database))
+            assert [(False, 1), (False, 0)] == seen
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    async def test_nothing_is_lost_when_telling_fails(self, database: Database, redis_url: str, when: str) -> None:
+        """Before or after Redis was told: nothing is committed, every read stays exact, and it is told again."""
+        async with _relaying(database, redis_url) as told, _serving(database, redis_url) as (service, _):
+            truth = await Truth.of(database, 1)
+            await eventually(lambda: _is_folded(database))
+            await service.read(truth.user_id)
+            await settled(service)
+            fails = asyncio.Event()
+
+            async def fail() -> None:
+                fails.set()
+                raise CacheAwayError
+
+            setattr(told, when, fail)
+            told.told.clear()
+            await truth.complete()
+            async with asyncio.timeout(30):
+                await fails.wait()
+            beats = len(told.beats)
+            async with database.owner() as owner:
+                assert await owner.fetchval("select reputation.pending()")
+            assert 2 == (await service.read(truth.user_id, use_cache=False)).data.completed_sessions  # type: ignore[union-attr] # known
+            assert beats == len(told.beats)
+            setattr(told, when, None)
+            await eventually(lambda: _is_folded(database))
+            assert {truth.user_id} <= {each for users in told.told for each in users or ()}
+            assert 2 == await _counted(service, truth)
+
+    async def test_without_redis_nothing_is_committed(self, database: Database, valkey: Valkey, redis_url: str) -> None:
+        """While Redis is away nobody leads; once it is back everything is told that happened meanwhile."""
+        truths = [await Truth.of(database, 1) for _ in range(3)]
+        async with _relaying(database, redis_url, deadline=0.05) as told:
+            await eventually(lambda: _is_folded(database))
+            await asyncio.to_thread(valkey.pause)
+            try:
+                for truth in truths:
+                    await truth.complete()
+                await eventually(lambda: not told.available)
+                async with database.owner() as owner:
+                    assert await owner.fetchval("select reputation.pending()")
+                await eventually(lambda: _nobody_leads(database))
+                told.told.clear()
+            finally:
+                await asyncio.to_thread(valkey.resume)
+            await eventually(lambda: _is_folded(database), within=_FAILOVER)
+            assert {truth.user_id for truth in truths} <= {each for users in told.told for each in users or ()}
+
+    @pytest.mark.parametrize("how", ["truncate", "rebuild"])
+    async def test_some_changes_are_everybodys(self, database: Database, redis_url: str, how: str) -> None:
+        """A table that was emptied, or tallies that mean something else, drop everybody."""
+        async with _relaying(database, redis_url) as told, _serving(database, redis_url) as (service, _):
+            truth, lonely = await Truth.of(database, 1), await Truth.of(database)
+            await eventually(lambda: _is_folded(database))
+            for one in (truth, lonely):
+                await service.read(one.user_id)
+            await settled(service)
+            told.told.clear()
+            if how == "truncate":
+                async with database.owner() as owner:
+                    await owner.execute("truncate public.wingman_sessions cascade")
+            else:
+                await tallies.rebuild(database.owner_url, STANDARD)
+            await eventually(lambda: None in told.told)
+            assert Source.MISS is (await service.read(lonely.user_id)).source
+            assert (0 if how == "truncate" else 1) == await _counted(service, truth)
+            await eventually(lambda: _is_folded(database))
+
+    async def test_a_batch_has_a_bound(self, database: Database, redis_url: str) -> None:
+        """However much waits, at most 2,000 changes are one transaction, and everybody is told."""
+        async with _relaying(database, redis_url) as told:
+            told.told.clear()
+            async with database.owner() as owner:
+                users = {
+                    str(row["id"])
+                    for row in await owner.fetch(
+                        "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 7000)"
+                        " returning id"
+                    )
+                }
+            await eventually(lambda: _is_folded(database))
+            assert all(1 <= len(batch or ()) <= 2000 for batch in told.told)
+            assert users == {each for batch in told.told for each in batch or ()}
+
+    async def test_it_counts_again_who_is_due(self, database: Database, redis_url: str) -> None:
+        """Who cannot be counted by differences is counted again for good, and it says how many."""
+        async with _relaying(database, redis_url):
+            truth = await Truth.of(database, 2)
+            await eventually(lambda: _is_folded(database))
+            before = metric("goodstanding_users_recounted_total")
+            await tallies.rebuild_user(database.owner_url, truth.user_id, STANDARD)
+
+            async def is_recounted() -> bool:
+                async with database.owner() as owner:
+                    return not await owner.fetchval("select exists (select from reputation.recounts)")
+
+            await eventually(lambda: metric("goodstanding_users_recounted_total") > before)
+            await eventually(is_recounted)
+            async with database.owner() as owner:
+                assert 2 == await owner.fetchval(
+                    "select completed from reputation.tallies where user_id = $1", truth.user_id
+                )
+
+    async def test_beats_are_regular_and_true(self, database: Database, redis_url: str) -> None:
+        """Four times a second while nothing is left; none while something is: it may not be known everywhere."""
+        async with _relaying(database, redis_url) as told:
+            began = len(told.beats)
+            await eventually(lambda: len(told.beats) >= began + 8)
+            looks = [looked for _, looked in told.beats[began:]]
+            steps = sorted(later - earlier for earlier, later in pairwise(looks))
+            assert BEAT_SECONDS <= steps[len(steps) // 2] < 2 * BEAT_SECONDS
+            held = asyncio.Event()
+            arrived = asyncio.Event()
+
+            async def hold() -> None:
+                arrived.set()
+                await held.wait()
+
+            told.before = hold
+            await Truth.of(database, 1)
+            async with asyncio.timeout(30):
+                await arrived.wait()
+            before = len(told.beats)
+            async with database.owner() as owner:  # the time of a few beats, as PostgreSQL counts it
+                await owner.execute("select pg_sleep(0.9)")
+            assert before == len(told.beats)
+            told.before = None
+            held.set()
+            await eventually(lambda: len(told.beats) > before)
+
+
+async def _nobody_leads(database: Database) -> bool:
+    return 0 == await _leaders(database)
+
+
+class TestLeading:
+    """One of the fleet leads, and another takes over."""
+
+    async def test_one_of_three_leads(self, database: Database, redis_url: str) -> None:
+        """However many run, one carries; when its session ends another goes on within 2 s, with a greater term."""
+        async with AsyncExitStack() as stack, connect(database.superuser_url) as killer:
+            cache = await stack.enter_async_context(open_redis(redis_url))
+            spawn = await stack.enter_async_context(background())
+            fleet = [_Told(RedisPublisher(cache)) for _ in range(3)]
+            for one in fleet:
+                spawn(_relay(database, one).run())
+            await eventually(lambda: any(one.beats for one in fleet))
+            terms = []
+            for _ in range(3):
+                assert 1 == await _leaders(database)
+                assert 1 == metric("goodstanding_relay_leading")
+                [leading] = [one for one in fleet if one.beats]
+                terms.append(leading.beats[-1][0])
+                for one in fleet:
+                    one.beats.clear()
+                assert 3 == await killer.fetchval(_END_SESSIONS)
+                truth = await Truth.of(database, 1)
+                await eventually(lambda: any(one.beats for one in fleet), within=_FAILOVER)
+                await eventually(lambda: _is_folded(database))
+                assert any(truth.user_id in (users or ()) for one in fleet for users in one.told)
+                await eventually(lambda: _sessions(killer, 3))
+            assert sorted(set(terms)) == terms
+
+    async def test_a_silent_leader_is_replaced(self, database: Database, redis_url: str) -> None:
+        """A leader that freezes, in a fold or between two, loses the lead after a second to one that does not."""
+        frozen = asyncio.Event()
+
+        async def freeze() -> None:
+            await frozen.wait()
+
+        async with _relaying(database, redis_url) as first, _relaying_beside(database, redis_url) as second:
+            first.before = freeze
+            truth = await Truth.of(database, 1)
+            await eventually(lambda: bool(second.beats), within=_FAILOVER)
+            await eventually(lambda: _is_folded(database), within=_FAILOVER)
+            assert any(truth.user_id in (users or ()) for users in second.told)
+            # What it does when it wakes up does no harm: its session is over.
+            first.before = None
+            frozen.set()
+            beats = len(second.beats)
+            await eventually(lambda: len(second.beats) > beats + 4)
+            assert second.beats[-1][0] > first.beats[-1][0]
+            assert 1 == await _leaders(database)
+
+    async def test_postgresql_may_restart(self, database: Database, postgres: Postgres, redis_url: str) -> None:
+        """Whoever led before a crash, somebody leads after it, and nothing of before it is lost."""
+        async with _relaying(database, redis_url) as told:
+            truth = await Truth.of(database, 1)
+            told.before = _fail
+            await truth.complete()
+            await asyncio.to_thread(postgres.kill)
+            told.before = None
+            told.told.clear()
+            told.beats.clear()
+            postgres.start()
+            await eventually(lambda: bool(told.beats))
+            assert any(truth.user_id in (users or ()) for users in told.told)
+
+    async def test_a_database_without_the_schema_is_waited_for(self, bare_database: Database, redis_url: str) -> None:
+        """Before `migrate` there is nothing to carry: it tries again and again, quietly, and sends no beat."""
+        async with open_redis(redis_url) as cache, background() as spawn:
+            told = _Told(RedisPublisher(cache))
+            tried = [0]
+
+            @asynccontextmanager
+            async def open_ledger() -> AsyncIterator[Ledger]:
+                tried[0] += 1
+                async with SessionLedger.open(bare_database.owner_url) as ledger:
+                    yield ledger
+
+            relay = Relay(open_ledger, told, poll_seconds=0.005, clock=utc_now, random=random.uniform)
+            spawn(relay.run())
+            await eventually(lambda: tried[0] >= 3)
+            assert [] == told.beats
+
+    async def test_any_other_failure_is_outlived(self, database: Database, redis_url: str) -> None:
+        """An error of ours is logged, and the relay begins anew: the process that serves beside it must not end."""
+        async with _relaying(database, redis_url) as told:
+
+            async def fail_once() -> None:
+                told.before = None
+                raise ZeroDivisionError
+
+            told.before = fail_once
+            truth = await Truth.of(database, 1)
+            await eventually(lambda: any(truth.user_id in (users or ()) for users in told.told))
+
+
+@asynccontextmanager
+async def _relaying_beside(database: Database, url: str) -> AsyncIterator[_Told]:
+    """Run a relay that waits for its turn."""
+    async with open_redis(url) as cache, background() as spawn, connect(database.superuser_url) as observer:
+        told = _Told(RedisPublisher(cache))
+        spawn(_relay(database, told).run())
+        await eventually(lambda: _sessions(observer, 2))
+        yield told
+
+
+async def _sessions(observer: "asyncpg.Connection[asyncpg.Record]", expected: int) -> bool:
+    found: int = await observer.fetchval(f"select count(*) from pg_stat_activity where {_SERVED_BY}")  # noqa: S608 - no input
+    return expected == found
+
+
+class TestSession:
+    """What the relay does in the database, over one session."""
+
+    async def test_whatever_fails_is_an_outage(self, database: Database, bare_database: Database) -> None:
+        """Nobody there, no right, no schema, a session that was ended: all of them mean that somebody else may try."""
+        for url in ("postgresql://app@127.0.0.1:1/app", "postgresql://app@host.invalid/app"):
+            with pytest.raises(TemporarilyUnavailableError):
+                async with SessionLedger.open(url):
+                    pass
+        for url in (bare_database.owner_url, database.owner_url.replace("host_owner", "nobody")):
+            with pytest.raises(TemporarilyUnavailableError):
+                async with SessionLedger.open(url) as ledger:
+                    await ledger.pending()
+        async with connect(database.superuser_url) as killer:
+
+            async def outlive_the_session() -> None:
+                async with SessionLedger.open(database.service_url) as ledger:
+                    await killer.fetchval(_END_SESSIONS)
+                    await ledger.pending()
+
+            with pytest.raises(TemporarilyUnavailableError):
+                await outlive_the_session()
+
+    async def test_the_lead_ends_with_the_session(self, database: Database) -> None:
+        """One leads; when its session ends, the next one's term is greater."""
+        async with SessionLedger.open(database.service_url) as waiting:
+            async with SessionLedger.open(database.service_url) as leading:
+                first = await leading.lead()
+                assert first is not None
+                assert await waiting.lead() is None
+            terms: list[int | None] = []
+
+            async def leads() -> bool:
+                terms.append(await waiting.lead())
+                return terms[-1] is not None
+
+            await eventually(leads)
+            assert first < (terms[-1] or 0)
+
+    async def test_a_session_that_is_silent_for_a_second_ends(self, database: Database) -> None:
+        """In a fold or not: the server ends it, and what was not committed is as if it had not been."""
+        await Truth.of(database, 1)
+        async with SessionLedger.open(database.service_url) as watching:
+
+            async def hang(*, fold: bool) -> Folded | None:
+                async with SessionLedger.open(database.service_url) as ledger:
+                    assert await ledger.lead() is not None
+                    if not fold:
+                        await eventually(lambda: _can_lead(watching), within=_FAILOVER)
+                        await ledger.pending()
+                    async with ledger.folding(10) as folded:
+                        await eventually(lambda: _can_lead(watching), within=_FAILOVER)
+                    return folded
+
+            for fold in (True, False):
+                with pytest.raises(TemporarilyUnavailableError):
+                    await hang(fold=fold)
+                async with database.owner() as owner:
+                    assert await owner.fetchval("select reputation.pending()")
+
+    async def test_a_long_purge_keeps_the_session(self, database: Database, redis_url: str) -> None:
+        """To drop everybody may take Redis longer than a second: the fold waits for it, and is committed."""
+        proxy = Proxy(redis_url)
+        async with (
+            proxy.serve(),
+            _relaying(database, proxy.url, deadline=5.0) as told,
+            admin(redis_url) as client,
+        ):
+            await Truth.of(database, 1)
+            await eventually(lambda: _is_folded(database))
+            await _populate(client)
+            term = told.beats[-1][0]
+            proxy.delay = lambda: 0.03
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            async with database.owner() as owner:
+                await owner.execute("truncate public.wingman_sessions cascade")
+            await eventually(lambda: _is_folded(database))
+            assert loop.time() - began > 1.5
+            proxy.delay = lambda: 0.0
+            beats = len(told.beats)
+            await eventually(lambda: len(told.beats) > beats)
+            assert term == told.beats[-1][0]
+
+    async def test_a_session_that_ends_in_a_long_purge_is_survived(self, database: Database, redis_url: str) -> None:
+        """Whatever ends it while Redis is being emptied, the relay begins anew and does it again."""
+        proxy = Proxy(redis_url)
+        async with (
+            proxy.serve(),
+            _relaying(database, proxy.url, deadline=5.0) as told,
+            admin(redis_url) as client,
+            connect(database.superuser_url) as killer,
+        ):
+            await eventually(lambda: _is_folded(database))
+            await _populate(client)
+            purging = asyncio.Event()
+
+            async def note() -> None:
+                purging.set()
+
+            told.before, term = note, told.beats[-1][0]
+            proxy.delay = lambda: 0.03
+            async with database.owner() as owner:
+                await owner.execute("truncate public.wingman_sessions cascade")
+            async with asyncio.timeout(30):
+                await purging.wait()
+            await killer.fetchval(_END_SESSIONS)
+            await eventually(lambda: not told.told or None in told.told)
+            proxy.delay = lambda: 0.0
+            await eventually(lambda: _is_folded(database))
+            await eventually(lambda: told.beats[-1][0] > term)
+
+    async def test_a_beat_is_not_older_than_its_purge(self, database: Database, redis_url: str) -> None:
+        """A Redis that had to be emptied first is believed only after the relay has looked again."""
+        proxy = Proxy(redis_url)
+        loop = asyncio.get_running_loop()
+        heard: list[tuple[bytes, float]] = []
+        async with (
+            proxy.serve(),
+            _relaying(database, proxy.url, deadline=5.0),
+            admin(redis_url) as client,
+            open_redis(redis_url) as cache,
+        ):
+            await cache.fetch([user(1)])
+            await _populate(client)
+            async with cache.subscription(lambda said: heard.append((said, loop.time())), lambda: None):
+                proxy.delay = lambda: 0.03
+                await client.delete("{goodstanding:probe}:run")
+                await eventually(lambda: any(said == b"all" for said, _ in heard))
+                emptied = len(heard)
+                await eventually(lambda: len(heard) > emptied + 1)
+        late = [at - int(said.split(b" ")[2]) / 1000 for said, at in heard if said.startswith(b"beat ")]
+        assert max(late) < 1.0
+
+
+async def _populate(client: "redis.asyncio.Redis") -> None:
+    """Put so many keys of another app into Redis that a walk over them takes many round trips."""
+    await client.execute_command("DEBUG POPULATE 40000 another-app")  # type: ignore[no-untyped-call] # redis-py leaves it untyped
+
+
+class TestNotify:
+    """Without Redis the relay's words travel with its transaction."""
+
+    async def test_changes_and_beats_arrive(self, database: Database) -> None:
+        """Who listens in the database hears the lead, who changed once that is committed, and the beats."""
+        heard: list[str] = []
+        async with connect(database.service_url) as listening, background() as spawn:
+            await listening.add_listener("goodstanding", lambda *said: heard.append(str(said[3])))
+            assert NotifyPublisher.available
+            spawn(_relay(database, NotifyPublisher()).run())
+
+            async def beats() -> bool:
+                await listening.execute("select")
+                return any(said.startswith("beat ") for said in heard)
+
+            await eventually(beats)
+            assert heard[0].startswith("lead ")
+            truth = await Truth.of(database, 1)
+
+            async def is_told() -> bool:
+                await listening.execute("select")
+                return any(said.startswith("changed ") and truth.user_id in said for said in heard)
+
+            await eventually(is_told)
+            async with database.owner() as owner:
+                await owner.execute("truncate public.wingman_sessions cascade")
+
+            async def is_everybody() -> bool:
+                await listening.execute("select")
+                return "all" in heard
+
+            await eventually(is_everybody)
+            await eventually(lambda: _is_folded(database))
+
+    async def test_a_large_batch_is_several_notifications(self, database: Database) -> None:
+        """2,000 users of a batch are told whole."""
+        heard: list[str] = []
+        async with connect(database.service_url) as listening, background() as spawn:
+            await listening.add_listener("goodstanding", lambda *said: heard.append(str(said[3])))
+            async with database.owner() as owner:
+                await owner.execute("select reputation.fold(10)")  # what the migration left is everybody's
+                await owner.execute(
+                    "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 5000)"
+                )
+            spawn(_relay(database, NotifyPublisher()).run())
+            await eventually(lambda: _is_folded(database))
+
+            async def are_told() -> bool:
+                await listening.execute("select")
+                return 5000 == len(
+                    {each for said in heard if said.startswith("changed ") for each in said.split(" ")[1:]}
+                )
+
+            await eventually(are_told)
+
+
+async def _can_lead(ledger: Ledger) -> bool:
+    """Tell whether the lead is free; gives it back."""
+    term = await ledger.lead()
+    if term is not None and isinstance(ledger, SessionLedger):
+        await ledger._connection.execute("select pg_advisory_unlock_all()")  # noqa: SLF001 - a test's way to give it back
+    return term is not None
