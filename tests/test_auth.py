@@ -136,6 +136,16 @@ def test_a_good_token_names_its_caller() -> None:
     assert Caller(Role.AUTHENTICATED, SUBJECT) == verifier().verify(token())
 
 
+def test_a_caller_says_until_when_the_token_holds() -> None:
+    """The caller has the token's end, rounded down to the second, from the cache too; it makes nobody another one."""
+    checker = verifier()
+    expires = NOW + timedelta(seconds=90)
+    text = token(exp=expires.timestamp() + 0.5)
+    assert [expires, expires] == [checker.verify(text).expires for _ in range(2)]
+    assert checker.verify(text) == checker.verify(token())
+    assert NOBODY.expires is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal, Self
 
+import asyncpg
 import httpx2
 import psutil
 import pytest
@@ -27,6 +28,7 @@ from goodstanding.embedded import Postgres, Valkey
 from goodstanding.main import utc_now
 from goodstanding.stream import before_stopping
 from goodstanding.subscribers import Timing
+from tests.conftest import emptied
 from tests.parts import metric
 from tests.serving import (
     GONE,
@@ -154,6 +156,54 @@ class TestEvents:
         answer = client.options(STREAM, headers=asked)
         assert 200 == answer.status_code
         assert "last-event-id" in answer.headers["access-control-allow-headers"].lower()
+
+
+class TestOutages:
+    """An open stream outlives whatever the process works with."""
+
+    def test_without_redis_changes_come_by_notify(self, backend: Backend) -> None:
+        """A service without a Redis URL tells its streams just as soon."""
+        user, match = backend.match()
+        with client_of(create_app(backend.settings(redis_url=""))) as client, streaming(client, user) as stream:
+            assert 0 == stream.event().data["score"]
+            backend.session(match, "no_show")
+            assert -1 == stream.event().data["score"]
+
+    def test_while_redis_is_away_changes_come_all_the_same(self, backend: Backend, valkey: Valkey) -> None:
+        """When Redis dies, a change is told within about 2 seconds, and the stream goes on after Redis is back."""
+        user, match = backend.match()
+        with client_of(create_app(backend.settings())) as client, streaming(client, user) as stream:
+            assert 0 == stream.event().data["score"]
+            valkey.kill()
+            try:
+                backend.session(match, "no_show")
+                began = time.monotonic()
+                assert -1 == stream.event().data["score"]
+                assert time.monotonic() - began < 4
+            finally:
+                emptied(valkey)
+            wait_until(lambda: "ready" == client.get("/health/ready").json()["status"])
+            backend.session(match, "no_show")
+            assert -2 == stream.event().data["score"]
+
+    def test_while_postgresql_is_away_nothing_is_lost(self, backend: Backend, postgres: Postgres) -> None:
+        """When PostgreSQL dies, streams stay open, and what is written after its return is told."""
+        user, match = backend.match()
+        with client_of(create_app(backend.settings())) as client, streaming(client, user) as stream:
+            assert 0 == stream.event().data["score"]
+            postgres.kill()
+            wait_until(lambda: "database" in client.get("/health/ready").json()["degraded"])
+            postgres.start()
+            wait_until(lambda: _written(backend, match))
+            assert -1 == stream.event().data["score"]
+
+
+def _written(backend: Backend, match: str) -> bool:
+    """Insert a session, once the database takes it."""
+    with suppress(asyncpg.PostgresError, OSError):
+        backend.session(match, "no_show")
+        return True
+    return False
 
 
 class TestRefusals:

@@ -639,7 +639,7 @@ async def test_a_write_in_the_database_becomes_an_event(database: Database, redi
         while len(told) < 2:
             told |= {data["user_id"]: data["score"] for _, data, _ in _events(await _text(stream))}
         assert {one: 1, other: 1} == told
-        assert before + 2 == metric("goodstanding_stream_events_total")
+        await eventually(lambda: before + 2 == metric("goodstanding_stream_events_total"))
         async with database.owner() as connection:
             await connection.execute("delete from public.user_profiles where id = $1", one)
         await service.invalidate([one, other])

@@ -33,7 +33,7 @@ class StreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what changes, until the subscription ends."""
-        with self._subscription as subscription, suppress(OSError, TimeoutError):
+        with self._subscription as subscription, suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline:
                 subscription.drop = _dropping(receive, deadline)
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -42,16 +42,18 @@ class StreamResponse(Response):
                     return
                 async with background() as spawn:
                     spawn(_watch(receive, subscription))
-                    await _write(subscription, send)
+                    # Not awaited in place: each event would wake every coroutine between the server and here.
+                    await spawn(_write(subscription, send))
 
 
 async def _write(subscription: Subscription, send: Send) -> None:
-    while (text := await subscription.written()) is not None:
+    with suppress(OSError):  # some servers say so that the client is gone
+        while (text := await subscription.written()) is not None:
+            subscription.sending()
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+            subscription.sent()
         subscription.sending()
-        await send({"type": "http.response.body", "body": text, "more_body": True})
-        subscription.sent()
-    subscription.sending()
-    await send({"type": "http.response.body", "body": subscription.farewell()})
+        await send({"type": "http.response.body", "body": subscription.farewell()})
 
 
 async def _watch(receive: Receive, subscription: Subscription) -> None:

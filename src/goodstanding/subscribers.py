@@ -188,12 +188,12 @@ class Subscription:
 
     def sending(self) -> None:
         """Note that the client is to read something now."""
-        self.sending_since = asyncio.get_running_loop().time()
+        self.sending_since = self._owner.now
 
     def sent(self) -> None:
         """Note that it has."""
         self.sending_since = None
-        self.silent_since = asyncio.get_running_loop().time()
+        self.silent_since = self._owner.now
 
     def resume(self, last_event_id: str) -> None:
         """Pass over the present values where the client has been shown just these."""
@@ -232,7 +232,7 @@ class Subscription:
                 self._id ^= before ^ watched.mark
                 parts.append(b"%sid: %016x\n\n" % (watched.event, self._id))
         self._pending.clear()
-        STREAM_EVENTS.inc(len(parts))
+        self._owner.events += len(parts)
         return b"".join(parts)
 
     def _wake(self) -> None:
@@ -258,6 +258,10 @@ class Subscribers:
         timing: Timing | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        self.now = 0.0
+        """The loop's time, as of the last look at the streams."""
+        self.events = 0
+        """Events that were sent, and not counted yet."""
         self._read_many = read_many
         self._clock = clock
         self._fresh = fresh
@@ -313,7 +317,7 @@ class Subscribers:
             raise RateLimitedError(message, retry_after=_RETRY_AFTER_SECONDS)
         if self._stopped or len(self._open) >= self._per_process:
             raise TemporarilyUnavailableError(retry_after=_RETRY_AFTER_SECONDS)
-        now = asyncio.get_running_loop().time()
+        self.now = now = asyncio.get_running_loop().time()
         left = float("inf") if expires is None else (expires - self._clock()).total_seconds()
         watched = [self._watched.setdefault(user, _Watched(user)) for user in dict.fromkeys(users)]
         subscription = Subscription(self, watched, caller=caller, expires=now + left, now=now)
@@ -366,9 +370,11 @@ class Subscribers:
         fresh = True
         while True:
             await asyncio.sleep(self._timing.look)
-            now = loop.time()
+            self.now = now = loop.time()
             for subscription in tuple(self._open):
                 self._attend(subscription, now)
+            STREAM_EVENTS.inc(self.events)
+            self.events = 0
             was_fresh, fresh = fresh, self._fresh()
             mistrusts = not fresh and (was_fresh or now - mistrusted >= self._timing.mistrust)
             if mistrusts or (fresh and not was_fresh) or now - renewed >= self._timing.renewal:
