@@ -93,6 +93,17 @@ class Backend:
         """Insert a session that nobody confirmed."""
         return self.call(self.database.add_session, match_id, status)
 
+    def complete(self, match_id: str, *, unseen: bool = False) -> None:
+        """Insert a session that the user completed; `unseen`: no relay learns of it, as where there are no triggers."""
+
+        async def insert() -> None:
+            async with self.database.owner() as connection, connection.transaction():
+                await connection.execute(_SESSIONS, match_id, "completed", 1)
+                if unseen:
+                    await connection.execute("select reputation.fold(1000000)")
+
+        self.call(insert)
+
     def execute(self, query: str, *values: object) -> None:
         """Run a statement as the owner of the host's tables."""
 

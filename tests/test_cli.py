@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+import httpx2
 import pytest
 import redis
 import structlog
@@ -25,14 +26,20 @@ from goodstanding.embedded import Postgres, Valkey
 from tests.conftest import connect
 from tests.serving import (
     GONE,
+    INVALIDATE,
     NO_DATABASE,
     NO_REDIS,
     SECRET,
+    SINGLE,
     Backend,
+    bearer,
     clean_environment,
+    client_of_command,
     command,
     environment_of,
+    free_port,
     open_backend,
+    wait_until,
 )
 
 _COMMANDS: Final = {name.name or name.callback.__name__: name for name in app.registered_commands if name.callback}
@@ -390,6 +397,44 @@ class TestServe:
         assert (workers > 1) is (seen["metrics"] is not None)
 
 
+class TestRelay:
+    """goodstanding relay."""
+
+    def test_it_needs_a_database_that_keeps_sessions(self) -> None:
+        """Without a database, or behind a pooler in transaction mode, it is one line that names the setting."""
+        nothing = {"GOODSTANDING_JWT_SECRET": SECRET}
+        assert "GOODSTANDING_DATABASE_URL" in _one_line(_run("relay", environment=nothing), 2)
+        pooled = {**_FINE, "GOODSTANDING_DATABASE_TRANSACTION_POOLER": "true"}
+        assert "GOODSTANDING_RELAY_DATABASE_URL" in _one_line(_run("relay", environment=pooled), 2)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("store", ["redis", "none"])
+    @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+    def test_it_carries_changes_until_it_is_ended(self, backend: Backend, store: str, ending: signal.Signals) -> None:
+        """It needs no way to recognise callers, carries what waits, and ends with a signal, without a traceback."""
+        variables = environment_of(backend.settings())
+        del variables["GOODSTANDING_JWT_SECRET"]
+        if store == "none":
+            del variables["GOODSTANDING_REDIS_URL"]
+        _, match_id = backend.match(completed=1)
+        backend.complete(match_id)
+        with command("goodstanding", "relay", environment=variables) as process:
+            wait_until(lambda: process.poll() is not None or not backend.call(_is_pending, backend))
+            backend.complete(match_id)
+            wait_until(lambda: process.poll() is not None or not backend.call(_is_pending, backend))
+            process.send_signal(ending)
+            told, _ = process.communicate(timeout=30)
+        assert 0 == process.returncode, told
+        assert "relay_leads" in told
+        assert "Traceback" not in told
+
+
+async def _is_pending(backend: Backend) -> bool:
+    async with backend.database.owner() as owner:
+        waits: bool = await owner.fetchval("select reputation.pending()")
+        return waits
+
+
 class TestDemo:
     """goodstanding demo."""
 
@@ -429,6 +474,26 @@ class TestProcess:
         assert 0 != process.returncode
         assert "address already in use" in told
         assert "Traceback" not in told
+
+    def test_two_workers_without_redis_agree(self, backend: Backend) -> None:
+        """Each has a cache of its own, and both follow every change and every invalidation."""
+        port, (user, match_id) = free_port(), backend.match(completed=1)
+        variables = environment_of(backend.settings(redis_url="")) | {"GOODSTANDING_PUBLIC_READS": "true"}
+        words = ("goodstanding", "serve", "--workers", "2", "--port", str(port))
+        with client_of_command(*words, port=port, environment=variables):
+            url = f"http://127.0.0.1:{port}"
+
+            def answers() -> set[int]:
+                # A connection each, so that both workers get some.
+                return {httpx2.get(url + SINGLE.format(user)).json()["completed_sessions"] for _ in range(16)}
+
+            for completed in (1, 2, 3):
+                wait_until(lambda expected=completed: {expected} == answers(), seconds=5)  # type: ignore[misc] # mypy cannot tell its type
+                assert {completed} == answers()
+                backend.complete(match_id)
+            backend.complete(match_id, unseen=True)
+            httpx2.post(url + INVALIDATE.format(user), headers=bearer("service_role")).raise_for_status()
+            wait_until(lambda: {5} == answers(), seconds=5)
 
     def test_show(self, backend: Backend) -> None:
         """The process prints JSON on standard output and ends with 0."""

@@ -1,9 +1,10 @@
 """The wiring: the application alone, inside a host's application, as a process, and without its servers."""
 
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -13,13 +14,16 @@ import redis
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from structlog.testing import capture_logs
 
 import goodstanding
 from goodstanding import logs, main
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.errors import ConfigurationError, GoodstandingError
+from goodstanding.migrate import upgrade
 from goodstanding.settings import load_settings
-from tests.conftest import emptied
+from tests.conftest import SERVICE, Database, connect, emptied
+from tests.conftest import command as run_statement
 from tests.serving import (
     BATCH,
     INVALIDATE,
@@ -251,6 +255,112 @@ class TestDependenciesAway:
                 assert 1 == client.get(SINGLE.format(user), headers=bearer()).json()["score"]
         finally:
             postgres.start()
+
+
+def _level(level: str, lines: Sequence[Mapping[str, object]]) -> list[object]:
+    return [line["event"] for line in lines if line["log_level"] == level]
+
+
+class TestChanges:
+    """Relay, broadcast and memory, as the settings ask for them."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"memory_seconds": 0}, {"redis_url": ""}],
+        ids=["redis and memory", "redis alone", "memory alone"],
+    )
+    def test_a_change_is_seen_by_every_process(self, backend: Backend, options: dict[str, object]) -> None:
+        """What is cached stays cached, in one process as in the other, until it changes."""
+        user, match_id = backend.match(completed=1)
+        settings = backend.settings(**options)
+        with client_of(goodstanding.create_app(settings)) as one, client_of(goodstanding.create_app(settings)) as two:
+            wait_until(lambda: _ready(one) and _ready(two))
+            for client in (one, two):
+                _read(client, user)
+            for completed in (2, 3, 4):
+                wait_until(lambda: all(_read(each, user)[1].startswith("goodstanding; hit") for each in (one, two)))
+                backend.complete(match_id)
+                expected = [completed, completed]
+                wait_until(partial(_agree, (one, two), user, expected), seconds=3)
+
+    @pytest.mark.parametrize("redis", [True, False])
+    def test_an_invalidation_reaches_every_process(self, backend: Backend, *, redis: bool) -> None:
+        """Without triggers nobody tells of a change but whoever invalidates: every process then counts anew."""
+        user, match_id = backend.match(completed=1)
+        settings = backend.settings(**({} if redis else {"redis_url": ""}))
+        with client_of(goodstanding.create_app(settings)) as one, client_of(goodstanding.create_app(settings)) as two:
+            wait_until(lambda: _ready(one) and _ready(two))
+            for client in (one, two):
+                _read(client, user)
+            backend.complete(match_id, unseen=True)
+            assert [1, 1] == [_read(client, user)[0] for client in (one, two)]
+            one.post(INVALIDATE.format(user), headers=bearer("service_role")).raise_for_status()
+            assert 2 == _read(one, user)[0]
+            wait_until(lambda: 2 == _read(two, user)[0], seconds=3)
+
+    def test_without_a_relay_nothing_old_is_served(self, backend: Backend) -> None:
+        """While nobody tells of changes, what was computed longer ago than 1.5 s is counted anew."""
+        user, match_id = backend.match(completed=1)
+        unheard = backend.redis_url.rpartition("/")[0] + "/1"
+        with client_of(goodstanding.create_app(backend.settings(redis_url=unheard, relay=False))) as client:
+            assert 1 == _read(client, user)[0]
+            assert _read(client, user)[1].startswith("goodstanding; hit")
+            backend.complete(match_id, unseen=True)
+            wait_until(lambda: 2 == _read(client, user)[0], seconds=2.5)
+
+    def test_behind_a_pooler_it_says_what_is_missing(self, backend: Backend) -> None:
+        """No session can be kept there, so no relay runs and nothing is heard; reads and invalidations work."""
+        user = backend.user(completed=1)
+        settings = backend.settings(redis_url="", database_transaction_pooler=True)
+        with capture_logs() as lines, client_of(goodstanding.create_app(settings)) as client:
+            assert ["relay"] == client.get("/health/ready").json()["degraded"]
+            assert 1 == _read(client, user)[0]
+            answer = client.post(INVALIDATE.format(user), headers=bearer("service_role"))
+            assert 200 == answer.status_code
+            assert _read(client, user)[1] == "goodstanding; fwd=miss"
+        [line] = [line for line in lines if line["event"] == "relay_needs_sessions"]
+        assert ("warning", "GOODSTANDING_RELAY_DATABASE_URL") == (line["log_level"], line["setting"])
+
+    @pytest.mark.parametrize(("policy", "mend"), [("legacy", "goodstanding rebuild"), ("standard", None)])
+    def test_another_policy_is_told_at_the_start(self, backend: Backend, policy: str, mend: str | None) -> None:
+        """Tallies that mean another policy are of no use here, and it says how to mend that; bounds do not matter."""
+        with capture_logs() as lines:
+            settings = backend.settings(policy=policy, max_score=9, gold_at=9)
+            with client_of(goodstanding.create_app(settings)) as client:
+                wait_until(lambda: _ready(client))
+                wait_until(lambda: mend is None or "tallies_unused" in _level("warning", lines))
+        assert [mend] * (mend is not None) == [line["mend"] for line in lines if line["event"] == "tallies_unused"]
+
+    def test_missing_triggers_are_told_at_the_start(
+        self, postgres: Postgres, valkey: Valkey, bare_template: str
+    ) -> None:
+        """Without triggers every load recounts and nothing is carried, which somebody may have forgotten."""
+        with open_backend(postgres, valkey, bare_template) as bare:
+            bare.call(partial(upgrade, bare.database.owner_url, triggers=False))
+            bare.call(partial(_grant, bare.database))
+            with (
+                capture_logs() as lines,
+                client_of(goodstanding.create_app(bare.settings())) as client,
+            ):
+                wait_until(lambda: _ready(client))
+                wait_until(lambda: "tallies_unused" in _level("warning", lines))
+        assert ["goodstanding migrate"] == [line["mend"] for line in lines if line["event"] == "tallies_unused"]
+
+
+async def _grant(database: Database) -> None:
+    async with connect(database.owner_url) as owner:
+        await run_statement(owner, "grant goodstanding_service to %I", SERVICE)
+
+
+def _agree(clients: Sequence[httpx2.Client], user: str, expected: Sequence[int]) -> bool:
+    return expected == [_read(client, user)[0] for client in clients]
+
+
+def _read(client: httpx2.Client, user: str) -> tuple[int, str]:
+    """Give a user's completed sessions, and where the answer came from."""
+    answer = client.get(SINGLE.format(user), headers=bearer())
+    assert 200 == answer.status_code, answer.text
+    return answer.json()["completed_sessions"], answer.headers["cache-status"]
 
 
 def _ready(client: httpx2.Client) -> bool:

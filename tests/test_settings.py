@@ -66,6 +66,10 @@ def test_nothing_needs_to_be_set() -> None:
         ("jwt_secret", SECRET, SECRET),
         ("public_reads", "true", True),
         ("cache_ttl_seconds", "30", 30),
+        ("memory_seconds", "0", 0),
+        ("relay", "false", False),
+        ("relay_database_url", "postgres://db.example:5432/app", "postgres://db.example:5432/app"),
+        ("relay_poll_ms", "1000", 1000),
         ("read_limit_per_minute", "1000000", 1_000_000),
         ("trusted_proxies", "10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
         ("trusted_proxies", "", ()),
@@ -204,6 +208,28 @@ def test_a_pooler_in_transaction_mode_is_known_by_its_port(url: str, told: bool 
     """Supabase's and PgBouncer's ports mean a pooler, unless the setting says otherwise."""
     settings = load_settings(database_url=url, database_transaction_pooler=told)
     assert expected is settings.uses_transaction_pooler()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"database_url": "postgresql://db.example:5432/app"}, "postgresql://db.example:5432/app"),
+        ({"database_url": "postgresql://db.example:6543/app"}, None),
+        ({"database_url": "postgresql://db.example/app", "database_transaction_pooler": True}, None),
+        ({}, None),
+        (
+            {"database_url": "postgresql://a.example:6543/app", "relay_database_url": "postgresql://a.example/app"},
+            "postgresql://a.example/app",
+        ),
+        (
+            {"database_url": "postgresql://a.example/app", "relay_database_url": "postgresql://b.example/app"},
+            "postgresql://b.example/app",
+        ),
+    ],
+)
+def test_sessions_are_kept_where_no_pooler_is(settings: dict[str, object], expected: str | None) -> None:
+    """The relay takes its own URL, else that of the service, unless a pooler stands there."""
+    assert expected == load_settings(**settings).session_database()
 
 
 def test_what_a_command_needs_is_asked_for_by_name() -> None:
