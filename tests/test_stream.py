@@ -435,20 +435,20 @@ app.include_router(goodstanding.router())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "words",
+    ("words", "ending", "code"),
     [
-        ("goodstanding", "serve"),
-        ("goodstanding", "serve", "--workers", "2"),
-        ("uvicorn", "host:app", "--log-level", "info"),
+        (("goodstanding", "serve"), signal.SIGTERM, 0),
+        (("goodstanding", "serve"), signal.SIGINT, 0),
+        (("goodstanding", "serve", "--workers", "2"), signal.SIGTERM, 0),
+        (("uvicorn", "host:app"), signal.SIGTERM, -signal.SIGTERM),
     ],
-    ids=["serve", "workers", "host"],
+    ids=["term", "int", "workers", "host"],
 )
 def test_a_server_that_stops_tells_its_clients_to_come_back(
-    backend: Backend, tmp_path: Path, words: tuple[str, ...], ending: signal.Signals
+    backend: Backend, tmp_path: Path, words: tuple[str, ...], ending: signal.Signals, code: int
 ) -> None:
-    """With 50 open streams the server ends within 2 seconds, in order; each client is told when to come back."""
+    """With 50 open streams the server ends at once and in order; each client is told when to come back."""
     (tmp_path / "host.py").write_text(_HOST)
     port = free_port()
     variables = environment_of(backend.settings()) | {
@@ -458,7 +458,7 @@ def test_a_server_that_stops_tells_its_clients_to_come_back(
     }
     who, user = bearer(), backend.user()
     with command(*words, "--port", str(port), environment=variables) as process, ExitStack() as stack:
-        wait_until(lambda: process.poll() is not None or _answers(port))
+        wait_until(lambda: process.poll() is not None or _answers(port), seconds=90)
         assert process.stdout is not None
         streams = []
         for _ in range(50):
@@ -468,7 +468,7 @@ def test_a_server_that_stops_tells_its_clients_to_come_back(
         began = time.monotonic()
         process.send_signal(ending)
         delays = [int(line.removeprefix("retry: ")) for stream in streams for line in stream.rest() if line]
-        code = process.wait(SECONDS)
+        ended = process.wait(SECONDS)
         took = time.monotonic() - began
         told = process.stdout.read()
     assert 50 == len(delays)
@@ -476,12 +476,9 @@ def test_a_server_that_stops_tells_its_clients_to_come_back(
     assert len(set(delays)) > 10
     assert "Traceback" not in told
     assert "Cancel" not in told
-    expected = {"serve": {0, 130}, "uvicorn": {-ending, 128 + ending, 0}}[
-        words[1] if words[1] == "serve" else "uvicorn"
-    ]
-    assert code in expected, told
-    # Of several workers the parent looks for a signal every half second, before it passes it on.
-    assert took < (3 if "--workers" in words else 2), told
+    assert code == ended, told
+    # Less than a second on a machine that does nothing else; a server that waited for its streams would take 10.
+    assert took < 4, told
 
 
 def _answers(port: int) -> bool:
