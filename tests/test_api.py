@@ -123,14 +123,10 @@ class TestSingleRead:
     def test_use_cache_false_reads_past_the_cache_and_refreshes_it(
         self, backend: Backend, client: httpx2.Client
     ) -> None:
-        """With use_cache=false a change shows at once, and the next cached read shows it too."""
-        user, match = backend.match(completed=1)
+        """With use_cache=false a change that nobody told of shows at once, and the next cached read shows it too."""
+        user, match_id = backend.match(completed=1)
         assert 1 == _read(client, user).json()["completed_sessions"]
-        backend.execute(
-            "insert into public.wingman_sessions (match_id, status, user1_completed_confirmed_by_user2)"
-            " values ($1, 'completed', true)",
-            match,
-        )
+        backend.complete(match_id, unseen=True)
         assert 1 == _read(client, user).json()["completed_sessions"]
         fresh = _read(client, user, "?use_cache=false")
         assert "goodstanding; fwd=request" == _status(fresh)
@@ -184,10 +180,11 @@ class TestSingleRead:
         """While PostgreSQL hangs the last known good copy is served with a negative ttl, and no browser keeps it."""
         known, unseen = backend.user(completed=4), backend.user()
         with (
-            client_of(create_app(backend.settings(load_deadline_ms=200))) as client,
+            client_of(create_app(backend.settings(load_deadline_ms=200, memory_seconds=0))) as client,
             redis.Redis.from_url(valkey.url()) as store,
         ):
             fresh = _read(client, known)
+            wait_until(lambda: _status(_read(client, known)).startswith("goodstanding; hit"))
             store.delete(f"reputation:user:{known}")
             postgres.pause()
             try:

@@ -216,7 +216,6 @@ class TestBroadcast:
 async def _hearing(url: str, listener: _Listener, *, deadline: float = 0.5) -> AsyncIterator[RedisCache]:
     """Open a cache, and listen until the block ends."""
     async with open_redis(url, deadline=deadline) as cache, background() as spawn:
-        await cache.fetch([user(1)])  # the connection of the commands, which is made when it is needed
         before = _listeners()
         spawn(hear_redis(listener.broadcast, cache))
         await eventually(lambda: _listeners() > before)
@@ -365,15 +364,9 @@ async def _hearing_notifications(database: Database, listener: _Listener) -> Asy
         before = _listeners()
         spawn(announcer.hear(listener.broadcast, database.service_url))
         await eventually(lambda: _listeners() > before)
+        assert [None] == listener.heard  # what was known before it listened
+        listener.heard.clear()
         yield announcer
-
-
-async def _said(announcer: Announcer, users: Sequence[UserId] | None) -> bool:
-    try:
-        await announcer.say(users)
-    except CacheAwayError:
-        return False
-    return True
 
 
 _END_LISTENERS = (

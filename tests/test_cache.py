@@ -595,7 +595,6 @@ async def test_what_is_too_old_is_a_miss(redis_url: str) -> None:
 @asynccontextmanager
 async def _heard(cache: RedisCache) -> AsyncIterator[list[bytes]]:
     """Listen to what is said, until the block ends."""
-    await cache.fetch([_ME])  # the connection of the commands: one that is made later ends the subscription
     said: list[bytes] = []
     async with cache.subscription(said.append, lambda: said.append(b"lost")):
         yield said
@@ -759,7 +758,6 @@ async def _listen(cache: RedisCache) -> None:
 async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
     """Whoever hears of an invalidation finds nothing of before it any more, whoever asks."""
     async with open_redis(redis_url) as cache, open_redis(redis_url) as other:
-        await other.fetch([_ME])
         users = [user(number) for number in range(600)]
         await cache.lease(users, "t1")
         await cache.fill(dict.fromkeys(users, entry()), "t1")

@@ -24,7 +24,7 @@ from goodstanding.reputation_service import ReputationService, Source
 from goodstanding.tallies import Folded
 from goodstanding.tasks import background
 from tests.conftest import Database, connect
-from tests.parts import Proxy, Truth, admin, eventually, metric, open_redis, open_service, settled, user
+from tests.parts import Proxy, Truth, admin, eventually, metric, open_redis, open_service, settled
 
 _FAILOVER = 3.5
 """2 s are promised; the rest is what a busy machine may add."""
@@ -530,7 +530,6 @@ class TestSession:
             admin(redis_url) as client,
             open_redis(redis_url) as cache,
         ):
-            await cache.fetch([user(1)])
             await _populate(client)
             async with cache.subscription(lambda said: heard.append((said, loop.time())), lambda: None):
                 proxy.delay = lambda: 0.03

@@ -3,6 +3,7 @@
 import pytest
 import redis
 
+from goodstanding.changes import LEAD, SessionLedger
 from goodstanding.doctor import Finding, Status, examine
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.migrate import upgrade
@@ -25,7 +26,9 @@ async def about(name: str, checked: Settings) -> list[tuple[str, str]]:
 
 async def test_a_sound_installation_has_one_warning(database: Database, redis_url: str) -> None:
     """With everything in order only the host app's own policy is warned of, by its name."""
-    findings = await examine(settings(database_url=database.service_url, redis_url=redis_url))
+    async with SessionLedger.open(database.service_url) as ledger:
+        assert await ledger.lead() is not None
+        findings = await examine(settings(database_url=database.service_url, redis_url=redis_url))
     assert [
         "database",
         "login",
@@ -37,6 +40,7 @@ async def test_a_sound_installation_has_one_warning(database: Database, redis_ur
         "row security",
         "participants",
         "participants",
+        "relay",
         "redis",
         "redis writes",
         "redis memory",
@@ -50,6 +54,43 @@ async def test_a_sound_installation_has_one_warning(database: Database, redis_ur
         )
     ] == [finding.message for finding in findings if finding.status is Status.WARNING]
     assert Status.FAILURE not in {finding.status for finding in findings}
+
+
+async def test_a_relay_should_lead(database: Database) -> None:
+    """Somebody must carry changes, over a connection that keeps its session; another lock, or database, is not it."""
+    checked = settings(database_url=database.service_url)
+    async with connect(database.service_url) as other, connect(database.superuser_url.rpartition("/")[0]) as elsewhere:
+        await other.execute("select pg_advisory_lock($1::bigint)", LEAD + 1)
+        await elsewhere.execute("select pg_advisory_lock($1::bigint)", LEAD)
+        [(status, message)] = await about("relay", checked)
+    assert "warning" == status
+    assert message.startswith("none leads")
+    async with SessionLedger.open(database.service_url) as ledger:
+        await ledger.lead()
+        assert [("ok", "one leads")] == await about("relay", checked)
+    pooled = settings(database_url=database.service_url, database_transaction_pooler=True)
+    [(status, message)] = await about("relay", pooled)
+    assert "warning" == status
+    assert "GOODSTANDING_RELAY_DATABASE_URL" in message
+    apart = settings(
+        database_url=database.service_url,
+        database_transaction_pooler=True,
+        relay_database_url="postgresql://me@127.0.0.1:1/x",
+    )
+    assert ["failure"] == [status for status, _ in await about("relay", apart)]
+
+
+async def test_a_redis_whose_channels_are_forbidden_is_a_failure(database: Database, redis_url: str) -> None:
+    """Who may not publish cannot tell anybody of a change."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.acl_setuser("default", enabled=True, keys=["*"], channels=[], reset_channels=True)
+        try:
+            checked = settings(database_url=database.service_url, redis_url=redis_url)
+            assert [("failure", "are refused (NoPermissionError): nothing is cached")] == await about(
+                "redis writes", checked
+            )
+        finally:
+            client.acl_setuser("default", enabled=True, keys=["*"], channels=["*"])
 
 
 async def test_no_secret_and_no_address_is_shown(database: Database, redis_url: str) -> None:
@@ -68,9 +109,12 @@ async def test_no_secret_and_no_address_is_shown(database: Database, redis_url: 
 async def test_servers_that_are_away_are_failures() -> None:
     """Nobody at the address: one failure each, and the other checks go on."""
     findings = await examine(settings(database_url="postgresql://me@127.0.0.1:1/x", redis_url="redis://127.0.0.1:1/0"))
-    assert [("database", Status.FAILURE), ("redis", Status.FAILURE), ("tokens", Status.OK)] == [
-        (finding.name, finding.status) for finding in findings
-    ]
+    assert [
+        ("database", Status.FAILURE),
+        ("relay", Status.FAILURE),
+        ("redis", Status.FAILURE),
+        ("tokens", Status.OK),
+    ] == [(finding.name, finding.status) for finding in findings]
 
 
 async def test_servers_that_hang_are_failures(
@@ -84,7 +128,7 @@ async def test_servers_that_hang_are_failures(
     finally:
         valkey.resume()
         postgres.resume()
-    assert ["database", "redis"] == [finding.name for finding in findings if finding.status is Status.FAILURE]
+    assert ["database", "relay", "redis"] == [finding.name for finding in findings if finding.status is Status.FAILURE]
 
 
 async def test_what_is_not_set_is_said() -> None:

@@ -298,8 +298,8 @@ class RedisCache:
         `lost` is called at the moment from which on something may be missed. That is also
         whenever the connection of the commands is made anew: Redis may be another one since then.
         """
-        if self._closed or not self._breaker.closed:
-            raise CacheAwayError
+        # The connection of the commands first: one that is made for the next command would end this at once.
+        await self._send([("EXISTS", _PROBE_KEY)])
         try:
             writer = await open_writer(self._listening_pool(), deadline=self._deadline)
         except Exception as error:

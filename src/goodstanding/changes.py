@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
 BEAT_SECONDS: Final = 0.25
+LEAD: Final = 7_239_817_264_501_103
+"""The advisory lock whose holder leads."""
 
 _log = structlog.get_logger("goodstanding")
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
@@ -38,7 +40,6 @@ _AWAKE_SECONDS: Final = 0.3
 _DEADLINE_SECONDS: Final = 5.0
 _RECOUNT_DEADLINE_SECONDS: Final = 300.0
 _CONNECT_SECONDS: Final = 1.0
-_LOCK: Final = 7_239_817_264_501_103
 _IDLE: Final = "select set_config('idle_session_timeout', '1000', false)"
 _LEAD: Final = "select (extract(epoch from clock_timestamp()) * 1000000)::bigint where pg_try_advisory_lock($1::bigint)"
 
@@ -190,7 +191,7 @@ class SessionLedger:
 
     async def lead(self) -> int | None:
         """Take the advisory lock, if nobody has it; the term is the database's time in microseconds."""
-        term: int | None = await self._connection.fetchval(_LEAD, _LOCK)
+        term: int | None = await self._connection.fetchval(_LEAD, LEAD)
         return term
 
     async def pending(self) -> bool:

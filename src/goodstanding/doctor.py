@@ -13,6 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from goodstanding.auth import KeySet
 from goodstanding.cache import connect
+from goodstanding.changes import LEAD
 from goodstanding.errors import ConfigurationError
 from goodstanding.history import named_queries
 from goodstanding.migrate import COVERING_INDEXES, MIGRATIONS
@@ -28,6 +29,7 @@ _OLDEST_VALKEY: Final = (7, 2)
 _FUNCTIONS: Final = ("counts", "attribute", "most_active", "read_counts", "pending", "fold", "recount", "status")
 _QUERIES: Final = named_queries((files("goodstanding") / "doctor.sql").read_text(encoding="utf-8"))
 _PROBE_KEY: Final = "reputation:doctor"
+_PROBE_CHANNEL: Final = "goodstanding:doctor"
 
 
 class Status(StrEnum):
@@ -49,7 +51,12 @@ class Finding:
 
 async def examine(settings: Settings) -> list[Finding]:
     """Check everything; whatever is broken is a finding, never an exception. Ends within half a minute."""
-    return [*await _database(settings), *await _redis(settings), *await _tokens(settings)]
+    return [
+        *await _database(settings),
+        *await _relay(settings),
+        *await _redis(settings),
+        *await _tokens(settings),
+    ]
 
 
 async def _database(settings: Settings) -> list[Finding]:
@@ -159,6 +166,27 @@ async def _participants(connection: "_Connection") -> list[Finding]:
     ]
 
 
+async def _relay(settings: Settings) -> list[Finding]:
+    """Look whether a relay could lead over this connection, and whether one does."""
+    url = settings.session_database()
+    if url is None:
+        pooled = settings.uses_transaction_pooler()
+        message = "none can run behind this pooler: set GOODSTANDING_RELAY_DATABASE_URL"
+        return [_warning("relay", message)] if pooled else []
+    connection: _Connection | None = None
+    try:
+        async with asyncio.timeout(_SECONDS):
+            connection = await asyncpg.connect(url, statement_cache_size=0)
+            if await connection.fetchval(_QUERIES["led"], LEAD):
+                return [_ok("relay", "one leads")]
+            return [_warning("relay", "none leads: does any process serve, with GOODSTANDING_RELAY and its Redis?")]
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:
+        return [_failure("relay", f"PostgreSQL does not answer as it should ({type(error).__name__})")]
+    finally:
+        if connection is not None:
+            connection.terminate()
+
+
 async def _names(connection: "_Connection", query: str, *values: object) -> str:
     return ", ".join(row["name"] for row in await connection.fetch(_QUERIES[query], *values))
 
@@ -192,6 +220,7 @@ async def _redis_writes(client: "Redis | RedisCluster") -> Finding:
     try:
         await client.set(_PROBE_KEY, "", px=1000)
         await client.delete(_PROBE_KEY)
+        await client.publish(_PROBE_CHANNEL, "")
     except ResponseError as error:
         return _failure("redis writes", f"are refused ({type(error).__name__}): nothing is cached")
     return _ok("redis writes", "are taken")

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from goodstanding import logs
 from goodstanding.api import ContractRoute, OwnRoute, Runtime, build_router, problem, problem_of_http
 from goodstanding.auth import Authenticator, KeySet
+from goodstanding.breaker import Breaker
 from goodstanding.broadcast import Announcer, Broadcast, Freshness, Heard, hear_redis
 from goodstanding.cache import Cache, RedisCache
 from goodstanding.changes import NotifyPublisher, RedisPublisher, Relay, SessionLedger
@@ -115,6 +116,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
             spawn = await stack.enter_async_context(background())
             for work in _follow(settings, history, redis, announcer, Broadcast(freshness, heard)):
                 spawn(work)
+            spawn(_tell_freshness(freshness))
         yield Opened(service, history, redis, freshness, heard)
 
 
@@ -195,6 +197,18 @@ async def _tell_tallies(history: SessionHistory, policy: ReputationPolicy) -> No
         elif not status.same_policy:
             _log.warning("tallies_unused", reason="they mean another policy", mend="goodstanding rebuild")
         return
+
+
+async def _tell_freshness(freshness: Freshness) -> None:
+    """Say, in metrics and log, whenever a relay is no longer heard, and when one is again."""
+    relay = Breaker("relay")
+    while True:
+        check_cancelled()
+        await asyncio.sleep(_ASK_AGAIN_SECONDS)
+        if freshness.trusted:
+            relay.close()
+        else:
+            relay.open()
 
 
 @asynccontextmanager

@@ -53,7 +53,7 @@ QUERY_SECONDS: Final = Histogram(
 QUERY_ERRORS: Final = Counter("goodstanding_query_errors_total", "Database queries that failed, by name.", ("query",))
 DEPENDENCY_UP: Final = Gauge(
     "goodstanding_dependency_up",
-    "1 while the dependency's circuit is closed, 0 while it is open.",
+    "1 while the dependency's circuit is closed (for relay: while one is heard), 0 while it is open.",
     ("dependency",),
     multiprocess_mode="livemin",
 )
