@@ -65,6 +65,15 @@ _INSERT: Final = (
     "insert into public.wingman_sessions (match_id, status, user1_completed_confirmed_by_user2)"
     " select one.match_id, 'completed', true from unnest($1::uuid[]) as one (match_id)"
 )
+_USERS: Final = """
+with pair as (
+    select gen_random_uuid() as one, gen_random_uuid() as other from generate_series(1, $1)
+),
+known as (
+    insert into public.user_profiles (id) select one from pair union all select other from pair
+)
+insert into public.wingman_matches (user1_id, user2_id) select one, other from pair returning id, user1_id
+"""
 _COUNT: Final = "select match_id, count(*) from public.wingman_sessions where match_id = any ($1::uuid[]) group by 1"
 _END_THE_LEAD: Final = (
     "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and granted and objsubid = 1"
@@ -302,6 +311,18 @@ class Fleet:
 
         await eventually(known)
 
+    async def flood(self, *, a_second: int, seconds: float) -> float:
+        """Let changes rain on a thousand users of their own; gives how many a second it were."""
+        ledgers = await _ledgers(self.database, 1000)
+        self.ledgers += ledgers
+        commits, each = 10 * int(seconds), a_second // 20
+        async with connect(self.database.owner_url) as connection:
+            began = self.now
+            for number in range(commits):
+                await asyncio.sleep(max(0.0, began + number / 10 - self.now))
+                await self._complete(connection, self.rng.sample(ledgers, each))
+            return commits * each * 2 / (self.now - began)
+
     # Readers.
 
     async def read(self, served: Served) -> None:
@@ -436,8 +457,7 @@ async def fleet(
             )
             served.append(one)
             stack.callback(one.end)
-        ledgers = [await _ledger(database) for _ in range(users)]
-        watched = [await _ledger(database) for _ in range(20)]
+        ledgers, watched = await _ledgers(database, users), await _ledgers(database, 20)
         await asyncio.gather(*(one.start() for one in served))
         lot = Fleet(database, valkey, served, cables, ledgers, watched, random.Random(seed))  # noqa: S311 - repeatable
         await lot.agree()
@@ -459,9 +479,10 @@ async def under_load(lot: Fleet, *, writers: int = 2, readers: int = 2) -> Async
         await asyncio.wait(writing, timeout=SECONDS)
 
 
-async def _ledger(database: Database) -> Ledger:
-    user = await database.add_user()
-    return Ledger(user, UUID(await database.add_match(user, await database.add_user())))
+async def _ledgers(database: Database, users: int) -> list[Ledger]:
+    async with database.owner() as connection:
+        rows = await connection.fetch(_USERS, users)
+    return [Ledger(str(row["user1_id"]), row["id"]) for row in rows]
 
 
 Fault = Callable[[Fleet], Awaitable[None]]
