@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import re
 import signal
 import socket
@@ -380,7 +381,7 @@ class TestServe:
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_how_uvicorn_is_run(self, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It listens on loopback, believes no forwarded header, and shares metrics where there are several workers."""
+        """It listens on loopback, believes no forwarded header, shares metrics and may open all the files it can."""
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "unset below")
         monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
         seen: dict[str, Any] = {}
@@ -389,8 +390,11 @@ class TestServe:
             seen.update(options, target=target, metrics=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
 
         monkeypatch.setattr(uvicorn, "run", run)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most - 1, most))
         environment = {**_FINE, "GOODSTANDING_REDIS_URL": "redis://127.0.0.1:1", "PORT": "8123"}
         assert 0 == _run("serve", "--workers", str(workers), environment=environment).exit_code
+        assert (most, most) == resource.getrlimit(resource.RLIMIT_NOFILE)
         assert "goodstanding.main:create_served_app" == seen["target"]
         assert ("127.0.0.1", 8123, workers) == (seen["host"], seen["port"], seen["workers"])
         assert seen["proxy_headers"] is False

@@ -109,6 +109,7 @@ def serve(
                 "over connections that keep their session"
             )
             raise ConfigurationError(message)
+    _allow_open_files()
     # uvicorn ends in order and then raises the signal again; by default that would skip what is cleaned up here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="goodstanding-metrics-") as folder:
@@ -127,6 +128,17 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=10,
         )
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: every stream is one, and 1024 is a common default."""
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415 - not on every platform
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # macOS takes no infinity here.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @app.command()
