@@ -3,8 +3,8 @@
 import json
 import logging
 import os
-import resource
 import re
+import resource
 import signal
 import socket
 import sys
