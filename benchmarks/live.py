@@ -23,6 +23,7 @@ PROMISED_SECONDS: Final = 2.0
 _RAIN: Final = 10_000
 _COMMITS_A_SECOND: Final = 20
 _READERS: Final = 2
+_READ: Final = 20
 _READ_PAUSE: Final = 0.005
 _POLL: Final = 0.001
 _SECONDS: Final = 60.0
@@ -139,7 +140,7 @@ async def _run(env: Environment, fleet: Sequence[Serving], effort: Effort) -> tu
     async with asyncio.TaskGroup() as group:
         raining = group.create_task(_rain(env, wet, rain, seconds, rng))
         readers = [
-            group.create_task(_read(serving, token, wet, rain, rng))
+            group.create_task(_read(serving, token, wet[:_READ], rain, rng))
             for serving, token in zip(fleet, tokens, strict=True)
             for _ in range(_READERS)
         ]

@@ -728,6 +728,19 @@ async def test_a_redis_that_cannot_be_vouched_for_says_nothing(redis_url: str) -
             await client.acl_setuser("default", enabled=True, keys=["*"], channels=["*"])
 
 
+async def test_a_redis_that_does_not_tell_its_run_is_believed_all_the_same(redis_url: str) -> None:
+    """Many a login may not call INFO: its Redis is vouched for once, and then speaks."""
+    async with open_redis(redis_url) as cache, _heard(cache) as heard, admin(redis_url) as client:
+        await client.acl_setuser("default", enabled=True, keys=["*"], channels=["*"], commands=["+@all", "-info"])
+        try:
+            assert not await _say(cache, "hello", heard)
+            await _fill(cache)
+            assert await _say(cache, "hello", heard)
+            assert await _remembers(cache)
+        finally:
+            await client.acl_setuser("default", enabled=True, keys=["*"], channels=["*"], commands=["+@all"])
+
+
 async def test_nobody_listens_to_a_redis_that_is_away(redis_url: str) -> None:
     """A subscription is refused while the circuit is open, by a server that is not there, and after the end."""
     async with open_redis("redis://127.0.0.1:1/0", deadline=0.5) as away:

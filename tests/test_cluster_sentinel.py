@@ -3,19 +3,23 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 
+from goodstanding.broadcast import Broadcast, Freshness, beat, hear_redis
 from goodstanding.cache import RedisCache, lease_key, value_key
+from goodstanding.data import UserId
 from goodstanding.embedded import Valkey
 from goodstanding.entry import Fetched
 from goodstanding.errors import CacheAwayError
+from goodstanding.main import utc_now
 from goodstanding.reputation_service import Source
+from goodstanding.tasks import background
 from tests.conftest import Database
 from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, settled, user
 
@@ -200,6 +204,57 @@ async def test_a_moved_slot_is_followed(cluster: RedisCache, nodes: Sequence[Val
             assert 2 == peers[place].execute_command("CLUSTER COUNTKEYSINSLOT", slot)
 
 
+async def test_what_is_said_is_heard_in_the_whole_cluster(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """Whichever node a process listens to, it hears invalidations of all users, and only after all are gone."""
+    users = [user(number) for number in range(2000)]
+    async with AsyncExitStack() as stack:
+        heard: list[list[bytes]] = []
+        for node in nodes:
+            url = node.url().replace("redis://", "redis+cluster://").removesuffix("/0")
+            listener = await stack.enter_async_context(open_redis(url))
+            heard.append([])
+            await stack.enter_async_context(listener.subscription(heard[-1].append, lambda: None))
+        async with open_redis(_cluster_url(nodes), deadline=0.05) as hasty:
+            await eventually(lambda: _done(hasty.invalidate(users)))
+        await cluster.say("end")
+        for one in heard:
+            await eventually(lambda one=one: one[-1:] == [b"end"])  # type: ignore[misc] # mypy cannot tell its type
+            named = {each for said in one if said.startswith(b"changed ") for each in said.split(b" ")[1:]}
+            assert {each.encode() for each in users} == named
+
+
+async def _done(work: Awaitable[None]) -> bool:
+    with suppress(CacheAwayError):
+        await work
+        return True
+    return False
+
+
+async def test_every_node_of_a_cluster_is_vouched_for(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
+    """One node that was restarted, or emptied, is enough for everything to be dropped before a beat is said."""
+    heard: list[bytes] = []
+    users = [user(number) for number in range(100)]
+    async with cluster.subscription(heard.append, lambda: None):
+        for node in nodes:
+            await eventually(lambda: _is_said(cluster, heard))
+            await cluster.lease(users, "t1", seize=True)
+            await cluster.fill(dict.fromkeys(users, entry()), "t1")
+            with _plain(node) as client:
+                assert 1 == len(client.keys("{goodstanding:probe*}:run"))
+                client.flushall()
+            heard.clear()
+            await cluster.say_vouched("hello")
+            await eventually(lambda: b"all" in heard)
+            assert b"hello" not in heard
+            assert [Fetched(None, None)] * 100 == await cluster.fetch(users)
+
+
+async def _is_said(cache: RedisCache, heard: list[bytes]) -> bool:
+    with suppress(CacheAwayError):
+        await cache.say_vouched("hello")
+    return b"hello" in heard
+
+
 # Sentinel.
 
 
@@ -284,6 +339,43 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
         assert Source.HIT is (await service.read(truth.user_id)).source
         with _plain(replica) as client:
             assert 1 == client.exists(value_key(truth.user_id))
+
+
+@pytest.mark.slow
+async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
+    """Listeners learn that the master died, and hear the next one, which is emptied before it says a beat."""
+    me = user(1)
+    listener = Freshness(clock=utc_now)
+    heard: list[Sequence[UserId] | None] = []
+    async with (
+        _watched_pair(tmp_path) as (master, replica, url),
+        open_redis(url, deadline=0.5) as cache,
+        background() as spawn,
+    ):
+        await eventually(lambda: cache.available)
+        spawn(hear_redis(Broadcast(listener, [heard.append]), cache))
+        await eventually(lambda: _beaten(cache, listener))
+        await cache.lease([me], "t1", seize=True)
+        assert [True] == await cache.fill({me: entry()}, "t1")
+        with _plain(replica) as client:
+            await eventually(lambda: bool(client.exists(value_key(me), "{goodstanding:probe}:run") == 2))
+        heard.clear()
+        master.kill()
+        await eventually(lambda: not listener.trusted)
+        await eventually(lambda: None in heard)
+        await eventually(lambda: cache.available)
+        await eventually(lambda: _beaten(cache, listener))
+        with _plain(replica) as client:
+            assert 0 == client.exists(value_key(me))
+        heard.clear()
+        await cache.invalidate([me])
+        await eventually(lambda: [me] in heard)
+
+
+async def _beaten(cache: RedisCache, listener: Freshness) -> bool:
+    with suppress(CacheAwayError):
+        await cache.say_vouched(beat(1, asyncio.get_running_loop().time()))
+    return listener.trusted
 
 
 @pytest.mark.slow

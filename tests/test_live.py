@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import random
 import secrets
 import signal
 import statistics
@@ -17,9 +18,11 @@ import redis
 
 from goodstanding import tallies
 from goodstanding.embedded import Postgres, Valkey
+from goodstanding.reputation_service import Source
 from tests.conftest import Database
 from tests.live import Fault, Fleet, fleet, under_load
-from tests.parts import eventually
+from tests.parts import Truth, eventually, open_redis, open_service
+from tests.serving import command
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +30,7 @@ WHOLE: Final = os.environ.get("GOODSTANDING_LIVE") == "whole"
 SEED: Final = int(os.environ.get("GOODSTANDING_LIVE_SEED", secrets.randbelow(2**31)))
 _CUT_SECONDS: Final = 30.0 if WHOLE else 3.0
 _FROZEN_SECONDS: Final = 5.0 if WHOLE else 3.0
+_KILLS: Final = 50 if WHOLE else 6
 _CHANGES: Final = 100_000 if WHOLE else 0
 _SLOWEST: Final = 0.5, 2.0
 """Seconds of the median and of the slowest: a busy machine is tested here. benchmarks/live.py measures the promise."""
@@ -175,6 +179,46 @@ async def test_nor_without_redis(database: Database, postgres: Postgres) -> None
     async with fleet(database, None, processes=2, users=200, seed=SEED) as lot:
         await _storm(lot, _FAULTS_WITHOUT_REDIS if WHOLE else _FAULTS_WITHOUT_REDIS[:3])
     assert postgres.running
+
+
+async def test_a_relay_may_be_killed_at_any_moment(database: Database, redis_url: str) -> None:
+    """Between any two of its steps: whatever it had not finished the next one does, and no old value stays cached."""
+    rng = random.Random(SEED)  # noqa: S311 - repeatable
+    print(f"GOODSTANDING_LIVE_SEED={SEED}")  # noqa: T201 - what a failure is repeated with
+    truths = [await Truth.of(database, 1) for _ in range(30)]
+    completed = dict.fromkeys((truth.user_id for truth in truths), 1)
+    environment = {"GOODSTANDING_DATABASE_URL": database.service_url, "GOODSTANDING_REDIS_URL": redis_url}
+    async with open_redis(redis_url) as cache, open_service(cache, database.service_url) as service:
+        for number in range(_KILLS + 1):
+            with command("goodstanding", "relay", environment=environment) as process:
+                await eventually(lambda: _leads(database))
+                for _ in range(rng.randrange(1, 40) if number < _KILLS else 0):
+                    truth = rng.choice(truths)
+                    await truth.complete()
+                    completed[truth.user_id] += 1
+                    await service.read_many([one.user_id for one in truths])
+                if number < _KILLS:
+                    process.kill()
+                else:
+                    await eventually(lambda: _is_told(database))
+        answers = await service.read_many([truth.user_id for truth in truths])
+        assert completed == {user: answer.data and answer.data.completed_sessions for user, answer in answers.items()}
+        assert Source.HIT in {answer.source for answer in answers.values()}
+    assert 0 == (await tallies.verify(database.owner_url)).differing
+
+
+async def _leads(database: Database) -> bool:
+    async with database.owner() as owner:
+        held: bool = await owner.fetchval(
+            "select exists (select from pg_locks where locktype = 'advisory' and granted"
+            " and database = (select oid from pg_database where datname = current_database()))"
+        )
+        return held
+
+
+async def _is_told(database: Database) -> bool:
+    async with database.owner() as owner:
+        return not await owner.fetchval("select reputation.pending()")
 
 
 async def _storm(lot: Fleet, faults: Sequence[Fault]) -> None:
