@@ -22,7 +22,7 @@ select reputation.rebuild($1::text, $2::text, $3::text)
 
 -- name: mark
 -- Have one user counted again, as a trigger would.
-insert into reputation.changes (user_id) values ($1::uuid)
+insert into reputation.changes (user1_id) values ($1::uuid)
 
 -- name: is_marked
 -- Whether a user is still to be counted again.
