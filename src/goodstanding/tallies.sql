@@ -24,12 +24,6 @@ select reputation.rebuild($1::text, $2::text, $3::text)
 -- Have one user counted again, as a trigger would.
 insert into reputation.changes (user1_id) values ($1::uuid)
 
--- name: is_marked
--- Whether a user is still to be counted again.
-select
-    exists (select from reputation.recounts where user_id = $1::uuid)
-    or exists (select from reputation.changes where user_id = $1::uuid and policy_version is null)
-
 -- name: how_many
 -- How many users there are.
 select count(*) from public.user_profiles

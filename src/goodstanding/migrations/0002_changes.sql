@@ -678,13 +678,14 @@ begin
     included as (
         update reputation.changes as change
         set
-            included1 = change.included1 or change.user1_id = any (chosen || next_in_turn),
-            included2 = change.included2 or change.user2_id = any (chosen || next_in_turn)
-        where change.ctid = any (array(
-            select as_user1.ctid from reputation.changes as as_user1 join due on due.user_id = as_user1.user1_id
-            union
-            select as_user2.ctid from reputation.changes as as_user2 join due on due.user_id = as_user2.user2_id
-        ))
+            included1 = change.included1 or (change.user1_id = any (chosen || next_in_turn)) is true,
+            included2 = change.included2 or (change.user2_id = any (chosen || next_in_turn)) is true
+        where not change.recount
+            and change.ctid = any (array(
+                select as_user1.ctid from reputation.changes as as_user1 join due on due.user_id = as_user1.user1_id
+                union all
+                select as_user2.ctid from reputation.changes as as_user2 join due on due.user_id = as_user2.user2_id
+            ))
     ),
     written as (
         insert into reputation.tallies as tally (user_id, completed, no_shows, policy_version)
