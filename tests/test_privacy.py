@@ -287,6 +287,7 @@ async def test_shadow_objects_change_nothing(database: Database) -> None:
     session = await database.add_session(await database.add_match(me, other), "no_show", b=True)
     async with connect(database.superuser_url) as admin:
         await command(admin, "create schema evil authorization %I", SERVICE)
+        await admin.execute("grant usage on schema evil to public")
     async with connect(database.service_url) as service:
         await service.execute("""
             create temporary table user_profiles (id uuid);
