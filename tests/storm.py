@@ -28,7 +28,7 @@ POLICIES: Final = (
 USERS: Final = [UUID(int=1000 + number) for number in range(8)]
 MATCHES: Final = [UUID(int=2000 + number) for number in range(8)]
 SESSIONS: Final = [UUID(int=3000 + number) for number in range(16)]
-CALM_STEPS: Final = 100
+WEATHER_STEPS: Final = 100
 STATUSES: Final = ("scheduled", "in_progress", "completed", "cancelled", "no_show")
 FLAGS: Final = (True, False, None)
 FAULTS: Final = ("user1", "user2", "both", "nobody")
@@ -38,9 +38,8 @@ select count(*) from reputation.tallies
 where policy_version = (select version from reputation.policy)
     and user_id not in (select user_id from reputation.recounts)
     and not exists (
-        select from reputation.changes
-        where coalesce(changes.user_id, tallies.user_id) = tallies.user_id
-            and changes.policy_version is distinct from tallies.policy_version
+        select from reputation.effects
+        where coalesce(effects.user_id, tallies.user_id) = tallies.user_id and effects.recount
     )
 """
 EXPECTED: Final = (
@@ -128,6 +127,7 @@ class Storm:
     database: Database
     seed: int
     writers: int = 5
+    weathers: Sequence[Sequence[float]] = field(default_factory=lambda: WEATHERS)
     compared: int = 0
     tallied: int = 0
     done: Counter[str] = field(default_factory=Counter)
@@ -216,7 +216,7 @@ class Storm:
                 await owner.fetchval("select count(*) from public.wingman_matches")  # an old snapshot, nothing written
                 await self._pause(randomly, 20)
             for _ in range(randomly.choice((1, 1, 1, 2, 4))):
-                weights = CALM if self._steps // CALM_STEPS % 2 else WILD
+                weights = self.weathers[self._steps // WEATHER_STEPS % len(self.weathers)]
                 operation = randomly.choices(OPERATIONS, weights)[0]
                 savepoint = owner.transaction()
                 await savepoint.start()
@@ -422,8 +422,17 @@ _FREQUENCIES: Final[Sequence[tuple[Any, int]]] = (
 )
 OPERATIONS: Final = [operation for operation, _ in _FREQUENCIES]
 WILD: Final = [weight for _, weight in _FREQUENCIES]
-# For a while nobody is marked, and so the tallies answer.
+# For a while nobody is marked, so that the tallies answer; for a while few are, so that what should have marked
+# somebody and did not is not mended by the next that does.
 CALM: Final = [
     weight * (operation in {insert_session, change_status, change_flags, change_many})
     for operation, weight in _FREQUENCIES
 ]
+MILD: Final = [max(calm, weight / 30) for calm, weight in zip(CALM, WILD, strict=True)]
+# For a while sessions end, or move, while they are judged.
+JUDGED: Final = [{change_status: 200, attribute: 20}.get(operation, weight / 100) for operation, weight in _FREQUENCIES]
+MOVED: Final = [
+    {change_status: 200, move_session: 200, attribute: 40}.get(operation, weight / 100)
+    for operation, weight in _FREQUENCIES
+]
+WEATHERS: Final[Sequence[Sequence[float]]] = (WILD, MILD, JUDGED, MOVED, CALM)

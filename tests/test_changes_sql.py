@@ -24,9 +24,8 @@ PAIR = "select user1_id::text, user2_id::text from public.wingman_matches"
 async def appended(owner: "Connection | asyncpg.Connection[asyncpg.Record]") -> list[tuple[str | None, int, int, bool]]:
     """Give what was appended since the last call: user, two differences, whether it is a mark."""
     rows = await owner.fetch(
-        "with gone as (delete from reputation.changes returning *)"
-        " select user_id::text, completed_delta, no_show_delta, policy_version is null"
-        " from gone order by user_id, changed_at"
+        "with gone as (delete from reputation.changes)"
+        " select user_id::text, completed, no_shows, recount from reputation.effects order by user_id, changed_at"
     )
     return [tuple(row) for row in rows]
 
@@ -50,10 +49,12 @@ async def test_a_session_that_ends_appends_the_difference_for_each_user(database
         assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
         await owner.execute("update public.wingman_sessions set status = 'no_show'")
         assert [(user1, -1, 0, False), (user2, -1, 1, False)] == await appended(owner)
-        await owner.execute("update public.wingman_sessions set user2_completed_confirmed_by_user1 = null")
-        assert [(user1, 0, 0, False), (user2, 0, 0, False)] == await appended(owner)
-        await owner.execute("delete from public.wingman_sessions where id = $1", session)
+        await owner.execute("update public.wingman_sessions set user2_completed_confirmed_by_user1 = true")
         assert [(user1, 0, 0, False), (user2, 0, -1, False)] == await appended(owner)
+        await owner.execute("update public.wingman_sessions set user1_completed_confirmed_by_user2 = null")
+        assert [(user1, 0, 1, False), (user2, 0, 0, False)] == await appended(owner)
+        await owner.execute("delete from public.wingman_sessions where id = $1", session)
+        assert [(user1, 0, -1, False), (user2, 0, 0, False)] == await appended(owner)
         await database.add_session(match, "completed", b=True)
         assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
 
@@ -65,6 +66,7 @@ async def test_a_session_that_ends_appends_the_difference_for_each_user(database
         "update public.wingman_sessions set status = status, match_id = match_id",
         "update public.wingman_sessions set status = 'in_progress' where status = 'scheduled'",
         "update public.wingman_sessions set user1_completed_confirmed_by_user2 = true where status = 'scheduled'",
+        "update public.wingman_sessions set user2_completed_confirmed_by_user1 = null",
         "update public.wingman_matches set status = 'x', user1_reputation = 7, user1_id = user1_id",
         "update public.user_profiles set display_name = 'x', id = id",
         "insert into public.wingman_sessions (match_id) select id from public.wingman_matches",
@@ -150,7 +152,7 @@ async def test_truncate_marks_everybody(database: Database, table: str) -> None:
     async with database.owner() as owner:
         await settled(owner)
         await command(owner, f"truncate public.{table}")
-        assert None in {user for user, *_ in await owner.fetch("select user_id from reputation.changes")}
+        assert None in {user for user, *_ in await owner.fetch("select user_id from reputation.effects")}
         rows = await owner.fetch(QUERIES["counts"], [user1], *STANDARD.meaning)
         assert [] == [row for row in rows if row["completed"]]
         assert (await tallies.fold(owner, 1000)).everybody
@@ -209,6 +211,31 @@ async def test_a_write_never_fails_because_the_owner_is_under_policies(database:
         await writer.execute("update public.wingman_sessions set status = 'completed'")
         changes = await appended(owner)
     assert [None] == [user for user, *_ in changes] if table == "wingman_matches" else len(changes) == 2
+
+
+@pytest.mark.parametrize("kind", ["text", "varchar(60)", "public.session_status"])
+async def test_the_host_may_alter_a_columns_type_under_a_session_that_wrote_before(
+    database: Database, kind: str
+) -> None:
+    """A connection of the host's pool that has fired the triggers goes on writing, and its writes are counted."""
+    user1, user2, match = await pair(database)
+    session = await database.add_session(match, a=True)
+    steps = ("completed", "no_show", "cancelled", "completed")
+    async with database.owner() as owner, connect(database.owner_url) as writer:
+        for status in steps:
+            await command(writer, "update public.wingman_sessions set status = %L", status)
+        await appended(owner)
+        await owner.execute(
+            "alter table public.wingman_sessions drop constraint wingman_sessions_status, alter status drop default;"
+            " create type public.session_status as enum ('scheduled', 'completed', 'no_show', 'cancelled')"
+        )
+        await owner.execute(f"alter table public.wingman_sessions alter status type {kind} using status::{kind}")
+        await writer.execute("update public.wingman_sessions set notes = 'x'")
+        assert [] == await appended(owner)
+        await writer.execute("update public.wingman_sessions set status = 'no_show'")
+        assert [(user1, -1, 0, False), (user2, -1, 1, False)] == await appended(owner)
+        await writer.execute("delete from public.wingman_sessions where id = $1", session)
+        assert [(user1, 0, 0, False), (user2, 0, -1, False)] == await appended(owner)
 
 
 async def test_a_disabled_trigger_is_noticed(database: Database) -> None:

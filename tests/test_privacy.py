@@ -1,5 +1,7 @@
 """What the service's role can do, and how little: refused by the database, whatever the code does."""
 
+import re
+
 import asyncpg
 import pytest
 
@@ -9,6 +11,7 @@ from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 
 from .conftest import SERVICE, Database, command, connect
+from .test_changes_sql import settled
 
 FUNCTIONS = {
     "reputation.attribute(uuid,text,text,text)",
@@ -20,6 +23,8 @@ FUNCTIONS = {
     "reputation.recount(integer)",
     "reputation.status(text,text,text)",
 }
+SYNTAX = {"and", "any", "coalesce", "or"}
+QUALIFIED = re.compile(r"(pg_catalog|reputation|public)\.\w+$")
 # These run inside the host's own statements.
 TRIGGERS = {
     "reputation.attributed()",
@@ -151,7 +156,7 @@ async def test_what_the_service_gets_is_ids_and_counts(database: Database) -> No
 
 
 async def test_every_definer_function_is_armoured(database: Database) -> None:
-    """What runs with the owner's rights fixes its search_path, pg_temp last.
+    """What runs with the owner's rights fixes its search_path, pg_temp last; or has nothing that one could lead astray.
 
     It turns row security into an error, except inside the host's statements, which must not fail because of us: there
     it never depends on what the writer set.
@@ -164,12 +169,116 @@ async def test_every_definer_function_is_armoured(database: Database) -> None:
     assert {row["name"] for row in rows} > FUNCTIONS | TRIGGERS
     for row in rows:
         settings = set(row["proconfig"])
-        assert "search_path=pg_catalog, pg_temp" in settings
+        if row["name"] == "reputation.session_changed()":
+            assert [] == _unqualified(row["prosrc"])
+        else:
+            assert "search_path=pg_catalog, pg_temp" in settings
         if row["name"] not in TRIGGERS:
             assert "row_security=off" in settings
         else:
             assert "row_security=on" in settings or "from public." not in row["prosrc"]
             assert "row_security=off" not in settings
+
+
+def _unqualified(body: str) -> list[str]:
+    """Find what a search_path would be asked about: operators, types and calls by their bare names."""
+    code = re.sub(r"--[^\n]*|'[^']*'|operator\(pg_catalog\.\W+?\)|::pg_catalog\.\w+", " ", body)
+    operators = re.findall(r"[-+*/<>=~!@#%^&|`?:]+", code)
+    words = re.findall(r"\b(?:in|like|ilike|similar|between|distinct|overlaps|case|declare|execute)\b", code)
+    calls = [name for name in re.findall(r"([\w.]+)\s*\(", code) if name not in SYNTAX and not QUALIFIED.match(name)]
+    tables = [name for name in re.findall(r"\b(?:from|join|into|update)\s+([\w.]+)", code) if not QUALIFIED.match(name)]
+    return [*operators, *words, *calls, *tables]
+
+
+def test_what_is_not_qualified_is_found() -> None:
+    """The check of a body without a search_path finds what such a body must not have."""
+    assert [] == _unqualified(
+        "a operator(pg_catalog.=) b or c is null and pg_catalog.now() -- x = y\n 'x'::pg_catalog.text"
+    )
+    for bad in ("a = b", "a in (b)", "x'y'::text", "now()", "select from changes", "a is distinct from b"):
+        assert _unqualified(bad), bad
+
+
+EVIL = """
+create function evil.trap(varchar, varchar) returns boolean language plpgsql as
+    $$ begin raise exception 'ran as %', current_user; end $$;
+do $$
+declare
+    known record;
+begin
+    for known in
+        select distinct oprname, oprleft::regtype as arguments_left, oprright::regtype as arguments_right
+        from pg_operator
+        where oprleft <> 0
+            and oprleft in ('text'::regtype, 'varchar'::regtype, 'uuid'::regtype, 'boolean'::regtype, 'bpchar'::regtype)
+            and oprright = oprleft
+    loop
+        execute format(
+            'create function evil.trap_%s(%s, %s) returns boolean language plpgsql as %L',
+            md5(known::text), known.arguments_left, known.arguments_right,
+            'begin raise exception ''ran as %'', current_user; end'
+        );
+        execute format(
+            'create operator evil.%s (leftarg = %s, rightarg = %s, function = evil.trap_%s)',
+            known.oprname, known.arguments_left, known.arguments_right, md5(known::text)
+        );
+    end loop;
+end
+$$;
+create operator evil.= (leftarg = varchar, rightarg = varchar, function = evil.trap);
+create operator evil.<> (leftarg = varchar, rightarg = varchar, function = evil.trap);
+create function evil.row_security_active(oid) returns boolean language plpgsql as
+    $$ begin raise exception 'ran as %', current_user; end $$;
+create function evil.mark_matches(uuid[]) returns void language plpgsql as
+    $$ begin raise exception 'ran as %', current_user; end $$;
+create table evil.wingman_matches (id uuid, user1_id uuid, user2_id uuid);
+create table evil.changes (user_id uuid);
+create type evil.text as enum ('x');
+create type evil.uuid as enum ('x');
+create type evil.regclass as enum ('x');
+"""
+ME = "00000000-0000-4000-8000-000000000001"
+WRITES = {
+    (
+        "insert into public.wingman_sessions (id, match_id, status, user1_completed_confirmed_by_user2)"
+        " select user1_id, id, 'completed', true from public.wingman_matches where user1_id :is_me"
+    ): (1, 0),
+    "update public.wingman_sessions set status = 'no_show' where id :is_me": (0, 0),
+    "update public.wingman_sessions set user1_completed_confirmed_by_user2 = null where id :is_me": (0, 1),
+    "update public.wingman_sessions set notes = 'x' where id :is_me": (0, 1),
+    (
+        "update public.wingman_sessions set user2_completed_confirmed_by_user1 = true,"
+        " match_id = (select id from public.wingman_matches where user2_id :is_me) where id :is_me"
+    ): (0, 0),
+    "delete from public.wingman_sessions where id :is_me": (0, 0),
+    "delete from public.wingman_matches where user1_id :is_me": (0, 0),
+}
+
+
+async def test_a_writer_with_shadow_objects_runs_none_of_them_as_the_owner(database: Database) -> None:
+    """The triggers use no operator, function, type or table that a writer has put in front of the real ones."""
+    me, other = await database.add_user(ME), await database.add_user()
+    for pair in ((me, other), (other, me)):
+        await database.add_match(*pair)
+    async with connect(database.superuser_url) as admin:
+        await admin.execute("create schema evil")
+        await admin.execute(EVIL)
+        await command(admin, "grant service_role to %I", SERVICE)
+        await admin.execute("grant all on schema evil to public")
+        await admin.execute("grant all on all tables in schema evil to public")
+    async with (
+        connect(database.service_url) as writer,
+        connect(database.service_url) as reader,
+        database.owner() as owner,
+    ):
+        await writer.execute("set role service_role; set search_path = evil, public, pg_catalog")
+        for statement, expected in WRITES.items():
+            await settled(owner)
+            await writer.execute(statement.replace(":is_me", f"operator(pg_catalog.=) '{ME}'"))
+            (row,) = await reader.fetch(QUERIES["counts"], [me], *STANDARD.meaning)
+            assert expected == (row["completed"], row["no_shows"]), statement
+        with pytest.raises(asyncpg.RaiseError, match="ran as service_role"):
+            await writer.fetch("select from public.wingman_matches where user1_id = user2_id")
 
 
 async def test_shadow_objects_change_nothing(database: Database) -> None:
@@ -178,6 +287,7 @@ async def test_shadow_objects_change_nothing(database: Database) -> None:
     session = await database.add_session(await database.add_match(me, other), "no_show", b=True)
     async with connect(database.superuser_url) as admin:
         await command(admin, "create schema evil authorization %I", SERVICE)
+        await admin.execute("grant usage on schema evil to public")
     async with connect(database.service_url) as service:
         await service.execute("""
             create temporary table user_profiles (id uuid);

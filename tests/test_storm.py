@@ -6,7 +6,7 @@ import secrets
 import pytest
 
 from .conftest import Database, connect
-from .storm import DifferenceError, Storm
+from .storm import JUDGED, MOVED, WEATHERS, DifferenceError, Storm
 
 SECONDS = float(os.environ.get("GOODSTANDING_STORM_SECONDS", "8"))
 SEED = int(os.environ.get("GOODSTANDING_STORM_SEED", secrets.randbelow(2**31)))
@@ -28,71 +28,32 @@ async def test_not_one_user_differs(database: Database) -> None:
 # What is planted: a function, and what is replaced by what in it.
 PLANTED = {
     "a mark waits for no transaction": ("reputation.running()", "and held.granted", "and false"),
-    "a verdict is a difference": (
+    "a verdict marks whom it can concern now": (
         "reputation.attributed()",
-        "perform reputation.mark_matches",
-        """
-        insert into reputation.changes (user_id, no_show_delta, policy_version)
-        select
-            side.user_id,
-            (new.at_fault in ('both', side.name))::integer + reputation.outcome(
-                session.status::text, side.own, side.own, side.number, (
-                    select before.at_fault from reputation.attributions as before
-                    where before.session_id = session.id and before.id < new.id order by before.id desc limit 1
-                ), policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
-            ),
-            policy.version
-        from public.wingman_sessions as session
-        join public.wingman_matches as match on match.id = session.match_id
-        cross join lateral (values
-            (1, 'user1', match.user1_id, session.user1_completed_confirmed_by_user2),
-            (2, 'user2', match.user2_id, session.user2_completed_confirmed_by_user1)
-        ) as side (number, name, user_id, own)
-        cross join reputation.policy
-        where session.id = new.session_id and session.status::text in ('no_show', 'cancelled');
-        return null;
-        perform reputation.mark_matches""",
+        "where session.id = new.session_id",
+        "where session.id = new.session_id and session.status::text in ('no_show', 'cancelled')",
     ),
     "a moved session is a difference": (
         "reputation.session_changed()",
         "perform reputation.mark_matches(array[old.match_id, new.match_id]);",
         """
-        insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
-        select
-            side.user_id,
-            (side.outcome = 1)::integer * side.sign,
-            (side.outcome = -1)::integer * side.sign,
-            side.version
-        from (
-            select
-                version.sign,
-                policy.version,
-                case one.number when 1 then match.user1_id else match.user2_id end as user_id,
-                reputation.outcome(
-                    version.status,
-                    case one.number when 1 then version.a else version.b end,
-                    case one.number when 1 then version.b else version.a end,
-                    one.number,
-                    (
-                        select newest.at_fault from reputation.attributions as newest
-                        where newest.session_id = version.id order by newest.id desc limit 1
-                    ),
-                    policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
-                ) as outcome
-            from (values
-                (
-                    -1, old.id, old.match_id, old.status::text,
-                    old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1
-                ),
-                (
-                    1, new.id, new.match_id, new.status::text,
-                    new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
-                )
-            ) as version (sign, id, match_id, status, a, b)
-            join public.wingman_matches as match on match.id = version.match_id
-            cross join reputation.policy
-            cross join (values (1), (2)) as one (number)
-        ) as side;""",
+        insert into reputation.changes (
+            user1_id, user2_id, session_id, recount,
+            old_status, old_confirmed1, old_confirmed2, new_status, new_confirmed1, new_confirmed2
+        )
+        select match.user1_id, match.user2_id, side.id, false, side.o, side.o1, side.o2, side.n, side.n1, side.n2
+        from (values
+            (
+                old.id, old.match_id,
+                old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
+                null, null, null
+            ),
+            (
+                new.id, new.match_id, null, null, null,
+                new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
+            )
+        ) as side (id, match_id, o, o1, o2, n, n1, n2)
+        join public.wingman_matches as match on match.id = side.match_id;""",
     ),
     "a deleted match marks nobody": (
         "reputation.match_changed()",
@@ -101,15 +62,24 @@ PLANTED = {
     ),
     "a rewritten match marks its new users alone": (
         "reputation.match_changed()",
-        "(values (old.user1_id), (old.user2_id), (new",
+        "(values (old.user1_id, old.user2_id), (new",
         "(values (new",
+    ),
+    "a recount of one user includes the other's differences": (
+        "reputation.recount(integer)",
+        "included2 = change.included2 or (change.user2_id = any (chosen || next_in_turn)) is true",
+        "included2 = true",
     ),
     "a recount leaves the differences that it includes": (
         "reputation.recount(integer)",
-        "where change.user_id = due.user_id and change.policy_version is not null",
+        "where not change.recount",
         "where false",
     ),
 }
+
+
+# These need a fold between two transactions on one session, so they are looked for where that happens most.
+RARE = {"a verdict marks whom it can concern now": (JUDGED,), "a moved session is a difference": (MOVED,)}
 
 
 @pytest.mark.slow
@@ -121,7 +91,7 @@ async def test_the_storm_finds_a_planted_bug(database: Database, bug: str) -> No
         definition = await owner.fetchval("select pg_get_functiondef($1::text::regprocedure)", name)
         assert definition.count(right) == 1
         await owner.execute(definition.replace(right, wrong))
-    storm = Storm(database, SEED)
+    storm = Storm(database, SEED, weathers=RARE.get(bug, WEATHERS))
     await storm.fill()
     with pytest.raises(DifferenceError):
         await storm.rage(60)

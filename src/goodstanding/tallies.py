@@ -90,7 +90,7 @@ async def status(connection: "_Connection", policy: ReputationPolicy) -> TallySt
 async def count_everybody(connection: "_Connection", say: Report) -> None:
     """Count until everybody is counted, in small transactions: beside every load, and after an interruption the rest.
 
-    Several may do so at the same time, a relay among them.
+    Several may do so at the same time, a relay among them, to which it is left while nobody can be counted yet.
     """
     total = await connection.fetchval(QUERIES["how_many"])
     counted = 0
@@ -99,6 +99,9 @@ async def count_everybody(connection: "_Connection", say: Report) -> None:
         done = await recount(connection, _BATCH)
         counted += done.users
         if not done.counting:
+            break
+        if done.waiting and not done.users:
+            say("transactions older than the triggers are running: everybody is counted when they have ended")
             break
         if time.monotonic() - told >= _PROGRESS_SECONDS:
             told = time.monotonic()

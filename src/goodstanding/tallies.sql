@@ -1,4 +1,8 @@
--- What keeps the tallies, by name. The first three are the service's; the others need the tables' owner.
+-- What keeps the tallies, by name. The first four are the service's; the others need the tables' owner.
+
+-- name: pending
+-- Whether a change waits to be folded; cheap enough to ask many times a second.
+select reputation.pending()
 
 -- name: pending
 -- Whether a change waits to be folded; cheap enough to ask many times a second.
@@ -18,13 +22,7 @@ select reputation.rebuild($1::text, $2::text, $3::text)
 
 -- name: mark
 -- Have one user counted again, as a trigger would.
-insert into reputation.changes (user_id) values ($1::uuid)
-
--- name: is_marked
--- Whether a user is still to be counted again.
-select
-    exists (select from reputation.recounts where user_id = $1::uuid)
-    or exists (select from reputation.changes where user_id = $1::uuid and policy_version is null)
+insert into reputation.changes (user1_id) values ($1::uuid)
 
 -- name: how_many
 -- How many users there are.

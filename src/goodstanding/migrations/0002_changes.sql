@@ -4,11 +4,10 @@
 -- the sessions (reputation.counts), and so every read is exact; what is written here decides only how much it costs.
 -- A user is recounted while one of these holds:
 --   * there is no tally of the policy's present version (nobody counted the user yet, or everybody is to be recounted);
---   * a change of the user, or of everybody, is pending whose policy_version is not the present one (null: a mark);
+--   * a mark of the user, or of everybody, is pending;
 --   * the user is in reputation.recounts (the mark was folded, and the transactions it is about may still be running).
 
--- What the tallies mean; one row. Every trigger reads it, so it is written by a rebuild and by nothing else.
--- A new version makes every tally, and every change computed under an older one, void.
+-- What the tallies mean; one row. A new version makes every tally void.
 create table reputation.policy (
     the_only boolean primary key default true check (the_only),
     completed_rule text not null check (completed_rule in ('any', 'own', 'both')),
@@ -19,17 +18,29 @@ create table reputation.policy (
 insert into reputation.policy (completed_rule, unattributed_no_show, unattributed_cancelled)
 values ('any', 'unconfirmed', 'nobody');
 
--- Appended by the triggers in the writers' own transactions. user_id null: everybody.
--- policy_version null: a mark, "count the user again"; else the version under which the two differences were computed.
--- No key, foreign or primary: there is nothing that a writer could wait for, and one index is all that it pays for.
+-- Appended by the triggers in the writers' own transactions. There are two kinds.
+-- A difference (recount: false): a session of user1 and user2 was old and became new; a status of null: it was not there.
+-- What that means is for the reader to find: a writer looks up neither policy nor verdict, and it holds for all of them.
+-- A mark (recount: true): count the users again. Nobody named: everybody.
+-- included1, included2: that user was counted after it, so for him it means nothing any more.
+-- No key, foreign or primary: there is nothing that a writer could wait for, and two indexes are all that it pays for.
 create table reputation.changes (
-    user_id uuid,
-    completed_delta smallint not null default 0,
-    no_show_delta smallint not null default 0,
-    policy_version bigint,
-    changed_at timestamptz not null default clock_timestamp()
+    changed_at timestamptz not null default clock_timestamp(),
+    user1_id uuid,
+    user2_id uuid,
+    session_id uuid,
+    recount boolean not null default true,
+    old_confirmed1 boolean,
+    old_confirmed2 boolean,
+    new_confirmed1 boolean,
+    new_confirmed2 boolean,
+    included1 boolean not null default false,
+    included2 boolean not null default false,
+    old_status text,
+    new_status text
 );
-create index changes_user on reputation.changes (user_id);
+create index changes_user1 on reputation.changes (user1_id);
+create index changes_user2 on reputation.changes (user2_id);
 -- Rows come and go. What is left of those that are gone is cleared away early and without a pause; the file never
 -- shrinks, for that would take a lock which the host's writers meet.
 alter table reputation.changes set (
@@ -59,11 +70,13 @@ create index recounts_generation on reputation.recounts (generation);
 -- How far the upkeep of the tallies is; one row. Whoever changes tallies, recounts or the policy locks it first: fold,
 -- recount and rebuild happen one after the other, and each sees what the one before it did. No writer of the host's
 -- and no read ever touches it.
+-- older: the transactions that were there before the triggers; nobody is counted while one of them runs.
 -- generation: the newest barrier; waiting_for: the transactions that it still waits for (none: it has passed).
 -- counting: everybody is being counted, in the order of the ids; counted_to: up to here that is done.
 -- folded_to: the last user of the last full batch; the next one goes on from there, so nobody waits for two rounds.
 create table reputation.upkeep (
     the_only boolean primary key default true check (the_only),
+    older text[] not null default '{}',
     generation bigint not null default 0,
     waiting_for text[] not null default '{}',
     counting boolean not null default false,
@@ -77,6 +90,54 @@ alter table reputation.changes enable row level security;
 alter table reputation.tallies enable row level security;
 alter table reputation.recounts enable row level security;
 alter table reputation.upkeep enable row level security;
+
+-- What every pending change means for each of its users, under the present policy and with the newest verdicts.
+create view reputation.effects as
+select
+    side.change,
+    side.user_id,
+    side.recount,
+    side.changed_at,
+    coalesce((meaning.new = 1)::integer - (meaning.old = 1)::integer, 0) as completed,
+    coalesce((meaning.new = -1)::integer - (meaning.old = -1)::integer, 0) as no_shows
+from reputation.policy
+cross join (
+    select
+        as_user1.ctid as change, as_user1.user1_id as user_id, 1 as number, as_user1.session_id,
+        as_user1.recount, as_user1.included1 as included, as_user1.changed_at,
+        as_user1.old_status, as_user1.old_confirmed1 as old_own, as_user1.old_confirmed2 as old_other,
+        as_user1.new_status, as_user1.new_confirmed1 as new_own, as_user1.new_confirmed2 as new_other
+    from reputation.changes as as_user1
+    union all
+    select
+        as_user2.ctid, as_user2.user2_id, 2, as_user2.session_id,
+        as_user2.recount, as_user2.included2, as_user2.changed_at,
+        as_user2.old_status, as_user2.old_confirmed2, as_user2.old_confirmed1,
+        as_user2.new_status, as_user2.new_confirmed2, as_user2.new_confirmed1
+    from reputation.changes as as_user2
+    where as_user2.user2_id is not null
+) as side
+left join lateral (
+    select newest.at_fault
+    from reputation.attributions as newest
+    where newest.session_id = side.session_id
+        and (side.old_status in ('no_show', 'cancelled') or side.new_status in ('no_show', 'cancelled'))
+    order by newest.id desc
+    limit 1
+) as verdict on true
+left join lateral (
+    select
+        reputation.outcome(
+            side.old_status, side.old_own, side.old_other, side.number, verdict.at_fault,
+            policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
+        ) as old,
+        reputation.outcome(
+            side.new_status, side.new_own, side.new_other, side.number, verdict.at_fault,
+            policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
+        ) as new
+    offset 0 -- a fence: worked out once, not once per use
+) as meaning on not side.recount and not side.included
+where policy.the_only;
 
 -- The triggers' functions run in the host's own statements, so nothing in them may fail or wait: they insert, and read
 -- by index. They have row_security on, where everything else has it off: should the host put these tables' owner under
@@ -95,10 +156,9 @@ set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 as $$
 begin
-    insert into reputation.changes (user_id)
-    select side.user_id
+    insert into reputation.changes (user1_id, user2_id)
+    select match.user1_id, match.user2_id
     from public.wingman_matches as match
-    cross join lateral (values (match.user1_id), (match.user2_id)) as side (user_id)
     where match.id = any (mark_matches.match_ids);
     if not found and pg_catalog.row_security_active('public.wingman_matches'::regclass) then
         insert into reputation.changes default values;
@@ -106,86 +166,63 @@ begin
 end
 $$;
 
--- A session was inserted, updated or deleted: append the difference for each of its two users. In an INSERT every field
--- of OLD is null, in a DELETE every one of NEW. A match that is not there is being deleted in this very transaction:
--- its own trigger marks both users.
+-- A session was inserted, updated or deleted: append the difference. In an INSERT every field of OLD is null, in a
+-- DELETE every one of NEW. A match that is not there is being deleted in this very transaction: its own trigger marks
+-- both users.
+-- The one function that every write of a session pays for, so the one whose search_path is the caller's (setting it is
+-- a fifth of the cost): nothing in here may depend on it. Every name, operator and type is qualified; what cannot be
+-- (IN, LIKE, IS DISTINCT FROM, CASE x WHEN) is not used. Few and short conditions, and one statement: each is made
+-- ready anew in every transaction. The constants of type regclass have the expressions made anew when the host alters
+-- the type of a column, where a session that has used them would else fail.
 create function reputation.session_changed() returns trigger
 language plpgsql
 volatile
 security definer
-set search_path = pg_catalog, pg_temp
 set row_security = on
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
 as $$
-declare
-    user1 uuid;
-    user2 uuid;
-    version bigint;
-    completed_rule text;
-    unattributed_no_show text;
-    unattributed_cancelled text;
-    verdict text;
-    old1 integer;
-    old2 integer;
-    new1 integer;
-    new2 integer;
 begin
-    -- Few and simple conditions: each expression is made ready anew in every transaction.
-    if tg_op = 'UPDATE' and (new.match_id <> old.match_id or new.id <> old.id) then
-        -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
-        perform reputation.mark_matches(array[old.match_id, new.match_id]);
+    if new.status::pg_catalog.text operator(pg_catalog.=) old.status::pg_catalog.text
+        and (new.user1_completed_confirmed_by_user2 is true)
+            operator(pg_catalog.=) (old.user1_completed_confirmed_by_user2 is true)
+        and (new.user2_completed_confirmed_by_user1 is true)
+            operator(pg_catalog.=) (old.user2_completed_confirmed_by_user1 is true)
+        and new.match_id operator(pg_catalog.=) old.match_id
+        and new.id operator(pg_catalog.=) old.id
+        and 'public.wingman_sessions'::pg_catalog.regclass is not null
+    then
         return null;
     end if;
-    if coalesce(
-        new.status::text not in ('completed', 'no_show', 'cancelled')
-        and old.status::text not in ('completed', 'no_show', 'cancelled')
-        or new.status = old.status
-        and new.user1_completed_confirmed_by_user2 is not distinct from old.user1_completed_confirmed_by_user2
-        and new.user2_completed_confirmed_by_user1 is not distinct from old.user2_completed_confirmed_by_user1,
-        coalesce(new.status, old.status)::text not in ('completed', 'no_show', 'cancelled')
-    ) then
-        return null;
-    end if;
-    -- One look for all that is needed: starting a statement costs more than what it does.
-    select
-        match.user1_id, match.user2_id,
-        policy.version, policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled,
-        case when old.status::text in ('no_show', 'cancelled') or new.status::text in ('no_show', 'cancelled') then (
-            select newest.at_fault
-            from reputation.attributions as newest
-            where newest.session_id = coalesce(new.id, old.id)
-            order by newest.id desc
-            limit 1
-        ) end
-    into user1, user2, version, completed_rule, unattributed_no_show, unattributed_cancelled, verdict
-    from public.wingman_matches as match
-    left join reputation.policy on policy.the_only
-    where match.id = coalesce(new.match_id, old.match_id);
-    -- A snapshot older than the triggers finds no policy, and nothing else that it sees is to be trusted.
-    if version is null then
-        if found or pg_catalog.row_security_active('public.wingman_matches'::regclass) then
-            insert into reputation.changes default values;
+    if new.match_id operator(pg_catalog.<>) old.match_id
+        or new.id operator(pg_catalog.<>) old.id
+        or (
+            new.status::pg_catalog.text
+                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+            or old.status::pg_catalog.text
+                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+        ) is not true
+        or 'public.wingman_sessions'::pg_catalog.regclass is null
+    then
+        if new.match_id operator(pg_catalog.<>) old.match_id or new.id operator(pg_catalog.<>) old.id then
+            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
+            perform reputation.mark_matches(array[old.match_id, new.match_id]);
         end if;
         return null;
     end if;
-    old1 := reputation.outcome(
-        old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
-        1, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
-    old2 := reputation.outcome(
-        old.status::text, old.user2_completed_confirmed_by_user1, old.user1_completed_confirmed_by_user2,
-        2, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
-    new1 := reputation.outcome(
-        new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1,
-        1, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
-    new2 := reputation.outcome(
-        new.status::text, new.user2_completed_confirmed_by_user1, new.user1_completed_confirmed_by_user2,
-        2, verdict, completed_rule, unattributed_no_show, unattributed_cancelled);
-    -- Also when the difference is nought: it need not be so under the policy that a rebuild is just bringing in.
-    insert into reputation.changes (user_id, completed_delta, no_show_delta, policy_version)
-    values
-        (user1, (new1 = 1)::integer - (old1 = 1)::integer, (new1 = -1)::integer - (old1 = -1)::integer, version),
-        (user2, (new2 = 1)::integer - (old2 = 1)::integer, (new2 = -1)::integer - (old2 = -1)::integer, version);
+    insert into reputation.changes (
+        user1_id, user2_id, session_id, recount,
+        old_status, old_confirmed1, old_confirmed2,
+        new_status, new_confirmed1, new_confirmed2
+    )
+    select
+        match.user1_id, match.user2_id, coalesce(new.id, old.id), false,
+        old.status, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
+        new.status, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
+    from public.wingman_matches as match
+    where match.id operator(pg_catalog.=) coalesce(new.match_id, old.match_id)
+        and 'public.wingman_sessions'::pg_catalog.regclass is not null;
+    if not found and pg_catalog.row_security_active('public.wingman_matches'::pg_catalog.regclass) then
+        insert into reputation.changes default values;
+    end if;
     return null;
 end
 $$;
@@ -204,10 +241,10 @@ begin
         or new.user1_id is distinct from old.user1_id
         or new.user2_id is distinct from old.user2_id
     then
-        insert into reputation.changes (user_id)
-        select distinct side.user_id
-        from (values (old.user1_id), (old.user2_id), (new.user1_id), (new.user2_id)) as side (user_id)
-        where side.user_id is not null;
+        insert into reputation.changes (user1_id, user2_id)
+        select pair.user1_id, pair.user2_id
+        from (values (old.user1_id, old.user2_id), (new.user1_id, new.user2_id)) as pair (user1_id, user2_id)
+        where pair.user1_id is not null;
     end if;
     return null;
 end
@@ -222,16 +259,17 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if new.id is distinct from old.id then
-        insert into reputation.changes (user_id)
-        select side.user_id
-        from (values (old.id), (new.id)) as side (user_id)
-        where side.user_id is not null;
+        insert into reputation.changes (user1_id)
+        select one.user_id
+        from (values (old.id), (new.id)) as one (user_id)
+        where one.user_id is not null;
     end if;
     return null;
 end
 $$;
 
--- A verdict was recorded. A transaction that changes the session now does not see it, so no difference would be right.
+-- A verdict was recorded. The tally may have the session as it was judged before, and a fold that does not see the
+-- verdict may be adding it right now.
 create function reputation.attributed() returns trigger
 language plpgsql
 volatile
@@ -320,7 +358,7 @@ begin
         and policy.unattributed_cancelled = read_counts.unattributed_cancelled
         and not exists (
             select from reputation.changes as everybody
-            where everybody.user_id is null and everybody.policy_version is distinct from policy.version
+            where everybody.user1_id is null and everybody.recount
         );
     if present is not null and reputation.tracked() then
         recounted := '{}';
@@ -337,11 +375,11 @@ begin
                 and not exists (select from reputation.recounts as later where later.user_id = known.id)
             left join lateral (
                 select
-                    coalesce(pg_catalog.sum(change.completed_delta), 0)::bigint as completed,
-                    coalesce(pg_catalog.sum(change.no_show_delta), 0)::bigint as no_shows,
-                    pg_catalog.count(*) filter (where change.policy_version is distinct from present) = 0 as certain
-                from reputation.changes as change
-                where change.user_id = known.id
+                    coalesce(pg_catalog.sum(effect.completed), 0) as completed,
+                    coalesce(pg_catalog.sum(effect.no_shows), 0) as no_shows,
+                    pg_catalog.count(*) filter (where effect.recount) = 0 as certain
+                from reputation.effects as effect
+                where effect.user_id = known.id
             ) as pending on tally.user_id is not null
             where known.id = any (read_counts.user_ids)
         loop
@@ -458,8 +496,7 @@ set jit = off
 as $$
 declare
     state reputation.upkeep;
-    present bigint;
-    ahead tid[];
+    chosen tid[];
     again boolean;
 begin
     if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
@@ -472,46 +509,44 @@ begin
     select upkeep.* into state from reputation.upkeep where upkeep.the_only for no key update;
     -- A caller that freezes before its commit must not hold up whoever takes its place.
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
-    select policy.version into strict present from reputation.policy where policy.the_only;
-    ahead := array(
-        select pending.ctid from reputation.changes as pending
-        where pending.user_id >= state.folded_to
-        order by pending.user_id
+    chosen := array(
+        select ahead.ctid from reputation.changes as ahead
+        where ahead.user1_id >= state.folded_to
+        order by ahead.user1_id
         limit greatest(1, fold.batch)
     );
-    if pg_catalog.cardinality(ahead) = greatest(1, fold.batch) then
-        update reputation.upkeep set folded_to = last.user_id
+    if pg_catalog.cardinality(chosen) = greatest(1, fold.batch) then
+        update reputation.upkeep set folded_to = last.user1_id
         from reputation.changes as last
-        where upkeep.the_only and last.ctid = ahead[pg_catalog.cardinality(ahead)];
+        where upkeep.the_only and last.ctid = chosen[pg_catalog.cardinality(chosen)];
     elsif state.folded_to <> '00000000-0000-0000-0000-000000000000' then
         update reputation.upkeep set folded_to = default where upkeep.the_only;
     end if;
-    with taken as (
-        delete from reputation.changes as change
-        where change.ctid = any (
-            ahead
-            || array(
-                select behind.ctid from reputation.changes as behind
-                where behind.user_id < state.folded_to
-                order by behind.user_id
-                limit greatest(1, fold.batch) - pg_catalog.cardinality(ahead)
-            )
-            || array(
-                select everybodys.ctid from reputation.changes as everybodys
-                where everybodys.user_id is null
-                limit greatest(1, fold.batch)
-            )
+    chosen := chosen
+        || array(
+            select behind.ctid from reputation.changes as behind
+            where behind.user1_id < state.folded_to
+            order by behind.user1_id
+            limit greatest(1, fold.batch) - pg_catalog.cardinality(chosen)
         )
-        returning change.*
-    ),
-    summed as (
+        || array(
+            select everybodys.ctid from reputation.changes as everybodys
+            where everybodys.user1_id is null
+            limit greatest(1, fold.batch)
+        );
+    with summed as materialized (
         select
-            taken.user_id,
-            pg_catalog.sum(taken.completed_delta)::bigint as completed,
-            pg_catalog.sum(taken.no_show_delta)::bigint as no_shows,
-            pg_catalog.bool_or(taken.policy_version is distinct from present) as marked
-        from taken
-        group by taken.user_id
+            effect.user_id,
+            pg_catalog.sum(effect.completed) as completed,
+            pg_catalog.sum(effect.no_shows) as no_shows,
+            pg_catalog.bool_or(effect.recount) as marked,
+            pg_catalog.min(effect.changed_at) as oldest
+        from reputation.effects as effect
+        where effect.change = any (chosen)
+        group by effect.user_id
+    ),
+    taken as (
+        delete from reputation.changes as change where change.ctid = any (chosen)
     ),
     added as (
         update reputation.tallies as tally
@@ -528,10 +563,10 @@ begin
         on conflict on constraint recounts_pkey do update set generation = excluded.generation
     )
     select
-        (select pg_catalog.count(*) from taken),
+        pg_catalog.cardinality(chosen),
         coalesce(pg_catalog.bool_or(summed.user_id is null), false),
         coalesce(pg_catalog.array_agg(summed.user_id) filter (where summed.user_id is not null), '{}'),
-        (select min(taken.changed_at) from taken),
+        pg_catalog.min(summed.oldest),
         coalesce(pg_catalog.bool_or(summed.user_id is null and summed.marked), false)
     into folded, everybody, user_ids, oldest, again
     from summed;
@@ -595,6 +630,12 @@ begin
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.* into strict rules from reputation.policy where policy.the_only;
 
+    state.older := reputation.still_running(state.older);
+    if state.older <> '{}' then
+        update reputation.upkeep set older = state.older where upkeep.the_only;
+        return query select 0, true, state.counting;
+        return;
+    end if;
     state.waiting_for := reputation.still_running(state.waiting_for);
     if state.waiting_for = '{}'
         and exists (select from reputation.recounts as later where later.generation > state.generation)
@@ -622,8 +663,8 @@ begin
         state.counted_to := coalesce(next_in_turn[pg_catalog.cardinality(next_in_turn)], state.counted_to);
     end if;
 
-    -- One statement, so one snapshot: what it counts, and the differences that this count includes, which become nought.
-    -- Marks stay: what they are about may not be over.
+    -- One statement, so one snapshot: what it counts, and the differences that this count includes, which mean nothing
+    -- from then on. Marks stay: what they are about may not be over.
     with due as (
         select distinct due.user_id from pg_catalog.unnest(chosen || next_in_turn) as due (user_id)
     ),
@@ -636,9 +677,15 @@ begin
     ),
     included as (
         update reputation.changes as change
-        set completed_delta = 0, no_show_delta = 0, policy_version = rules.version
-        from due
-        where change.user_id = due.user_id and change.policy_version is not null
+        set
+            included1 = change.included1 or (change.user1_id = any (chosen || next_in_turn)) is true,
+            included2 = change.included2 or (change.user2_id = any (chosen || next_in_turn)) is true
+        where not change.recount
+            and change.ctid = any (array(
+                select as_user1.ctid from reputation.changes as as_user1 join due on due.user_id = as_user1.user1_id
+                union all
+                select as_user2.ctid from reputation.changes as as_user2 join due on due.user_id = as_user2.user2_id
+            ))
     ),
     written as (
         insert into reputation.tallies as tally (user_id, completed, no_shows, policy_version)
@@ -660,6 +707,7 @@ begin
     select pg_catalog.count(*) into recounted from due;
 
     update reputation.upkeep set
+        older = state.older,
         generation = state.generation,
         waiting_for = state.waiting_for,
         counting = state.counting,
@@ -689,8 +737,8 @@ begin
         version = policy.version + 1
     where policy.the_only;
     update reputation.upkeep set counting = true, counted_to = null where upkeep.the_only;
-    -- Of the version that is present now: nobody is marked by it, everybody's cached reputation is dropped.
-    insert into reputation.changes (policy_version) select policy.version from reputation.policy where policy.the_only;
+    -- No mark: everybody is being counted as it is, and everybody's cached reputation is to be dropped.
+    insert into reputation.changes (recount) values (false);
 end
 $$;
 

@@ -46,16 +46,15 @@ alter table public.user_profiles enable always trigger goodstanding_user_updated
 alter table public.user_profiles enable always trigger goodstanding_user_deleted;
 alter table public.user_profiles enable always trigger goodstanding_users_truncated;
 
--- A transaction whose snapshot is older than this moment finds the policy's table empty afterwards (TRUNCATE works on
--- old snapshots too) and marks everybody: it may not see matches that were rewritten while no trigger told of it.
+-- A transaction that is older than this moment may not see matches that were rewritten while no trigger told of it:
+-- nobody is counted before all of them have ended.
 do $$
 declare
     rules reputation.policy;
 begin
     perform from reputation.upkeep where upkeep.the_only for no key update;
-    select policy.* into strict rules from reputation.policy;
-    truncate reputation.policy;
-    insert into reputation.policy select rules.*;
+    update reputation.upkeep set older = reputation.running() where upkeep.the_only;
+    select policy.* into strict rules from reputation.policy where policy.the_only;
     perform reputation.rebuild(rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
 end
 $$;
