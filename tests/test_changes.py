@@ -136,7 +136,7 @@ class TestCarrying:
             assert Source.HIT is (await service.read(other.user_id)).source
             await eventually(lambda: _is_folded(database))
             assert truth.user_id in (told.told[0] or ())
-            assert (2, 1) == (
+            assert (1, 1) == (
                 metric("goodstanding_changes_folded_total") - before[0],
                 metric("goodstanding_change_seconds_count") - before[1],
             )
