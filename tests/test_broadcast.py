@@ -327,6 +327,16 @@ class TestRedis:
             await eventually(lambda: cache.available)
             await _is_heard(listener, lambda: cache.invalidate([user(1)]))
 
+    async def test_a_server_from_which_no_beat_comes_is_left(self, redis_url: str, listener: _Listener) -> None:
+        """It may be there and belong to the Cluster no longer: after some seconds another connection is made."""
+        async with _hearing(redis_url, listener), admin(redis_url) as client:
+            [before] = await client.client_list(_type="pubsub")
+
+            async def is_another() -> bool:
+                return [] != [one for one in await client.client_list(_type="pubsub") if one["id"] != before["id"]]
+
+            assert await eventually(is_another) > 3.0
+
     async def test_silence_alone_is_no_loss(self, redis_url: str, listener: _Listener) -> None:
         """While nothing is said the connection stays: asking is enough."""
         async with _hearing(redis_url, listener), admin(redis_url) as client:

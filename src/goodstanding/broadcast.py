@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import asyncpg
@@ -36,6 +37,7 @@ _DRIFT: Final = 0.001
 _CHANNEL: Final = "goodstanding"
 _AGAIN_SECONDS: Final = 0.2
 _CHECK_SECONDS: Final = 0.5
+_UNHEARD_CHECKS: Final = 10
 _CONNECT_SECONDS: Final = 1.0
 _USERS_A_MESSAGE: Final = 200
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
@@ -125,13 +127,24 @@ class Broadcast:
 
 
 async def hear_redis(broadcast: Broadcast, cache: RedisCache) -> None:
-    """Listen until cancelled, over a connection made anew whenever it, or that of the commands, was lost."""
+    """Listen until cancelled, over a connection made anew whenever it, or that of the commands, was lost.
+
+    Also where no beat has come for a while: the server may be there and belong to the Cluster no longer.
+    """
     while True:
         check_cancelled()
+        unheard = count()
+
+        def is_wanted() -> bool:
+            nonlocal unheard
+            if broadcast.freshness.trusted:
+                unheard = count()
+            return next(unheard) < _UNHEARD_CHECKS
+
         try:
             async with cache.subscription(broadcast.receive, broadcast.lose) as subscription:
                 with BROADCAST_LISTENERS.track_inprogress():
-                    await subscription.wait_until_lost(_CHECK_SECONDS)
+                    await subscription.wait_until_lost(_CHECK_SECONDS, wanted=is_wanted)
         except CacheAwayError:
             pass
         await asyncio.sleep(_AGAIN_SECONDS)

@@ -261,12 +261,13 @@ class Subscription(asyncio.Protocol):
         """Wait until every message from now on arrives here, or the connection is lost."""
         await self._confirmed.wait()
 
-    async def wait_until_lost(self, every: float) -> None:
+    async def wait_until_lost(self, every: float, *, wanted: Callable[[], bool] = lambda: True) -> None:
         """Ask every `every` seconds whether the server is still there; the third time that nothing came is the last.
 
-        Counted in questions and not in seconds: what a busy loop has not read yet is no silence.
+        Counted in questions and not in seconds: what a busy loop has not read yet is no silence. It also ends when
+        it is no longer `wanted`, which is asked as often.
         """
-        while not self._lost.is_set() and self._quiet < _QUIET:
+        while not self._lost.is_set() and self._quiet < _QUIET and wanted():
             self._quiet += 1
             self._writer.transport.write(hiredis.pack_command(("PING",)))
             with suppress(TimeoutError):

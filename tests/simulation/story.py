@@ -96,7 +96,9 @@ def draw_plan(rng: random.Random, scenario: str) -> Plan:
     slowest = rng.choice((0.0005, 0.002, 0.006))
     return Plan(
         scenario=scenario,
-        settings=tuple(_usual().model_copy(update={**options, "relay": number < relays}) for number in range(processes)),
+        settings=tuple(
+            _usual().model_copy(update={**options, "relay": number < relays}) for number in range(processes)
+        ),
         redis=redis,
         users=rng.choice((1, 1, 2, 3)),
         strangers=rng.choice((0, 0, 1)),
@@ -287,7 +289,9 @@ class Story:
         if self.world.now - told_until > STALE_SECONDS:
             for member in self.members:
                 if member.believes:
-                    self.world.violated(member.name, f"believes what is cached, with a change waiting since {told_until:.6f}")
+                    self.world.violated(
+                        member.name, f"believes what is cached, with a change waiting since {told_until:.6f}"
+                    )
 
     def _somebody(self) -> int:
         return self.world.rng.randrange(len(self.plan.settings))
@@ -627,9 +631,7 @@ def _here() -> Member:
 async def _connect(_url: str, *, timeout: float, command_timeout: float | None = None, **_: object) -> Connection:  # noqa: ASYNC109 - as asyncpg's
     here = _here()
     async with asyncio.timeout(timeout):
-        return await open_connection(
-            here, here.to_postgres, here.story.postgres, command_timeout=command_timeout
-        )
+        return await open_connection(here, here.to_postgres, here.story.postgres, command_timeout=command_timeout)
 
 
 async def _create_pool(*_: object, **__: object) -> Pool:
