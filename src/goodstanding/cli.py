@@ -153,7 +153,8 @@ def relay() -> None:
         settings.require_database()
         task = asyncio.current_task()
         if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+            for ending in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(ending, task.cancel)
         with suppress(asyncio.CancelledError):
             async with open_relay(settings) as carrier:
                 await carrier.run()
