@@ -299,6 +299,7 @@ class TestRedis:
             await _is_heard(listener, lambda: cache.invalidate([user(1)]))
             assert 1 == int((await client.pubsub_numsub("goodstanding:0"))[0][1])
 
+    @pytest.mark.slow
     async def test_a_redis_that_dies_is_noticed(self, valkey: Valkey, redis_url: str, listener: _Listener) -> None:
         """Its end is noticed at once, and what its successor says is heard."""
         async with _hearing(redis_url, listener) as cache:
@@ -313,6 +314,7 @@ class TestRedis:
             await eventually(lambda: cache.available)
             await _is_heard(listener, lambda: cache.invalidate([user(1)]))
 
+    @pytest.mark.slow
     async def test_a_half_open_connection_is_noticed(self, valkey: Valkey, redis_url: str, listener: _Listener) -> None:
         """A Redis that keeps the connection and says nothing is noticed within 2 s, by asking it."""
         async with _hearing(redis_url, listener) as cache:
@@ -327,6 +329,7 @@ class TestRedis:
             await eventually(lambda: cache.available)
             await _is_heard(listener, lambda: cache.invalidate([user(1)]))
 
+    @pytest.mark.slow
     async def test_a_server_from_which_no_beat_comes_is_left(self, redis_url: str, listener: _Listener) -> None:
         """It may be there and belong to the Cluster no longer: after some seconds another connection is made."""
         async with _hearing(redis_url, listener), admin(redis_url) as client:
@@ -337,6 +340,7 @@ class TestRedis:
 
             assert await eventually(is_another) > 3.0
 
+    @pytest.mark.slow
     async def test_silence_alone_is_no_loss(self, redis_url: str, listener: _Listener) -> None:
         """While nothing is said the connection stays: asking is enough."""
         async with _hearing(redis_url, listener), admin(redis_url) as client:
@@ -439,6 +443,7 @@ class TestNotify:
             assert None in listener.heard
             await _is_heard(listener, lambda: announcer.say([user(1)]))
 
+    @pytest.mark.slow
     async def test_a_server_that_hangs_is_noticed(
         self, postgres: Postgres, database: Database, listener: _Listener
     ) -> None:
@@ -455,6 +460,7 @@ class TestNotify:
                 await asyncio.to_thread(postgres.resume)
             await _is_heard(listener, lambda: announcer.say([user(1)]))
 
+    @pytest.mark.slow
     async def test_a_server_that_restarts_is_found_again(
         self, postgres: Postgres, database: Database, listener: _Listener
     ) -> None:

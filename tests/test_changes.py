@@ -299,6 +299,7 @@ async def _nobody_leads(database: Database) -> bool:
     return 0 == await _leaders(database)
 
 
+@pytest.mark.slow
 class TestLeading:
     """One of the fleet leads, and another takes over."""
 
@@ -407,6 +408,7 @@ async def _sessions(observer: "asyncpg.Connection[asyncpg.Record]", expected: in
     return expected == found
 
 
+@pytest.mark.slow
 class TestSession:
     """What the relay does in the database, over one session."""
 
