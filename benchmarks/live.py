@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import statistics
+import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -162,10 +163,9 @@ async def _time(
     writer: "asyncpg.Connection[asyncpg.Record]", fleet: Sequence[Serving], tokens: Sequence[str], user: _User
 ) -> float:
     """Change one user, and give the milliseconds until the last process shows it; each had the old value cached."""
-    loop = asyncio.get_running_loop()
     await writer.execute("begin")
     await writer.execute(_INSERT, [user.number])
-    began = loop.time()
+    began = time.monotonic()
     await writer.execute("commit")
     user.committed.append(began)
 
@@ -177,36 +177,34 @@ async def _time(
                 await asyncio.sleep(_POLL)
 
     await asyncio.gather(*map(shows, fleet, tokens))
-    return 1000 * (loop.time() - began)
+    return 1000 * (time.monotonic() - began)
 
 
 async def _rain(
     env: Environment, users: Sequence[_User], outcome: _Outcome, seconds: float, rng: random.Random
 ) -> None:
     """Commit so many changes a second: a completed session is one change for each of its two users."""
-    loop = asyncio.get_running_loop()
     connection = await asyncpg.connect(env.postgres.url("app"))
     each = _RAIN // _COMMITS_A_SECOND // 2
-    began = loop.time()
+    began = time.monotonic()
     for number in range(int(seconds * _COMMITS_A_SECOND)):
-        await asyncio.sleep(max(0.0, began + number / _COMMITS_A_SECOND - loop.time()))
+        await asyncio.sleep(max(0.0, began + number / _COMMITS_A_SECOND - time.monotonic()))
         some = rng.sample(users, each)
         await connection.execute(_INSERT, [user.number for user in some])
-        now = loop.time()
+        now = time.monotonic()
         for user in some:
             user.committed.append(now)
         outcome.changes += 2 * each
-    outcome.rate = outcome.changes / (loop.time() - began)
+    outcome.rate = outcome.changes / (time.monotonic() - began)
     await connection.close()
 
 
 async def _read(serving: Serving, token: str, users: Sequence[_User], outcome: _Outcome, rng: random.Random) -> None:
     """Read who is rained on, and count what is staler than promised."""
-    loop = asyncio.get_running_loop()
     async with _line(serving, token) as line:
         while True:
             user = rng.choice(users)
-            began = loop.time()
+            began = time.monotonic()
             behind = bisect_right(user.committed, began) - (await line.completed(user) - user.at_first)
             outcome.answers += 1
             if behind > 0:
