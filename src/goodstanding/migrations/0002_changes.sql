@@ -457,10 +457,9 @@ begin
 end
 $$;
 
--- What is left of a set of transactions that `running` gave; empty when each of them has ended.
--- A transaction that is prepared is among the prepared ones before it is no longer among the running ones. Which of
--- them it is cannot be told, so all that are prepared at that moment are waited for.
-create function reputation.still_running(transactions text[]) returns text[]
+-- The transactions to wait for, so that everything that was there before now has ended. A transaction that is prepared
+-- is among the prepared ones before it is no longer among the running ones, so the running ones are looked at first.
+create function reputation.unfinished() returns text[]
 language plpgsql
 volatile
 security definer
@@ -468,20 +467,39 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 declare
-    remaining text[];
+    unfinished text[] := reputation.running();
 begin
-    if not exists (select from pg_catalog.unnest(transactions) as one (name) where one.name not like 'prepared %') then
-        return array(
-            select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.prepared())
-        );
-    end if;
-    remaining := array(
-        select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.running())
+    return unfinished || reputation.prepared();
+end
+$$;
+
+-- What is left of a set of transactions that `unfinished` gave; empty when each of them has ended.
+-- One that was running may have been prepared since. Which of them it is cannot be told, so when none of them is running
+-- any more, all that are prepared at that moment are waited for.
+create function reputation.still_unfinished(transactions text[]) returns text[]
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+declare
+    were_running text[] := array(
+        select one.name from pg_catalog.unnest(transactions) as one (name) where one.name not like 'prepared %'
     );
-    if remaining = '{}' then
-        remaining := reputation.prepared();
+    are_running text[];
+begin
+    if were_running <> '{}' then
+        are_running := array(
+            select pg_catalog.unnest(were_running) intersect select pg_catalog.unnest(reputation.running())
+        );
+        if are_running = '{}' then
+            return reputation.prepared();
+        end if;
     end if;
-    return remaining;
+    return are_running || array(
+        select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.prepared())
+    );
 end
 $$;
 
@@ -638,19 +656,19 @@ begin
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.* into strict rules from reputation.policy where policy.the_only;
 
-    state.older := reputation.still_running(state.older);
+    state.older := reputation.still_unfinished(state.older);
     if state.older <> '{}' then
         update reputation.upkeep set older = state.older where upkeep.the_only;
         return query select 0, true, state.counting;
         return;
     end if;
-    state.waiting_for := reputation.still_running(state.waiting_for);
+    state.waiting_for := reputation.still_unfinished(state.waiting_for);
     if state.waiting_for = '{}'
         and exists (select from reputation.recounts as later where later.generation > state.generation)
         and not exists (select from reputation.recounts as ready where ready.generation <= state.generation)
     then
         state.generation := state.generation + 1;
-        state.waiting_for := reputation.running();
+        state.waiting_for := reputation.unfinished();
     end if;
     passed := case when state.waiting_for = '{}' then state.generation else state.generation - 1 end;
 
