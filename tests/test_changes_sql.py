@@ -181,7 +181,7 @@ async def test_the_hosts_own_roles_write_as_before(database: Database, role: str
             "select set_config('request.jwt.claims', format('{\"sub\": \"%s\"}', $1::text), true)", user1
         )
         await writer.execute("set local search_path = pg_temp")
-        await writer.execute("set local row_security = off" if role == "service_role" else "set local jit = off")
+        await writer.execute("set local statement_timeout = '20s'")
         await writer.execute("update public.wingman_sessions set status = 'completed'")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             async with writer.transaction():
@@ -201,16 +201,32 @@ async def test_rows_that_arrive_by_replication_count(database: Database) -> None
         assert [(user1, 1, 0, False), (user2, 1, 0, False)] == await appended(owner)
 
 
+@pytest.mark.parametrize("row_security", ["on", "off"])
 @pytest.mark.parametrize("table", ["wingman_matches", "wingman_sessions"])
-async def test_a_write_never_fails_because_the_owner_is_under_policies(database: Database, table: str) -> None:
+async def test_a_write_never_fails_because_the_owner_is_under_policies(
+    database: Database, table: str, row_security: str
+) -> None:
     """With FORCE ROW LEVEL SECURITY the match may be hidden from us: everybody is marked, and the write succeeds."""
     _, _, match = await pair(database)
     await database.add_session(match, a=True)
     async with database.owner() as owner, connect(database.superuser_url) as writer:
         await command(owner, "alter table public.%I force row level security", table)
+        await command(writer, "set row_security = %I", row_security)
         await writer.execute("update public.wingman_sessions set status = 'completed'")
         changes = await appended(owner)
     assert [None] == [user for user, *_ in changes] if table == "wingman_matches" else len(changes) == 2
+
+
+async def test_a_write_without_row_security_marks_its_users(database: Database) -> None:
+    """Where a hidden match would be an error, a session that ends marks both users, and a note still marks nobody."""
+    user1, user2, match = await pair(database)
+    await database.add_session(match, a=True)
+    async with database.owner() as owner, connect(database.superuser_url) as writer:
+        await writer.execute("set row_security = off")
+        await writer.execute("update public.wingman_sessions set status = 'in_progress', notes = 'x'")
+        assert [] == await appended(owner)
+        await writer.execute("update public.wingman_sessions set status = 'completed'")
+        assert [(user1, 0, 0, True), (user2, 0, 0, True)] == await appended(owner)
 
 
 @pytest.mark.parametrize("kind", ["text", "varchar(60)", "public.session_status"])

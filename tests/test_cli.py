@@ -10,8 +10,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import asyncpg
 import httpx2
 import pytest
 import redis
@@ -207,6 +209,122 @@ class TestMigrate:
             result = _run("migrate", "--database-url", url)
             assert 0 != result.exit_code
             _one_line(result, result.exit_code)
+
+    def test_without_triggers(self, bare: Backend) -> None:
+        """--without-triggers leaves the host's tables alone, takes off what is there, and the counts stay right."""
+        owner = {"GOODSTANDING_DATABASE_URL": bare.database.owner_url}
+        assert "goodstanding_session_updated" not in _run("migrate", "--dry-run", "--without-triggers").stdout
+        for words, triggers in ((("--without-triggers",), 0), ((), 11), (("--without-triggers",), 0)):
+            assert 0 == _run("migrate", *words, environment=owner).exit_code
+            assert triggers == _value(bare, "select count(*) from pg_trigger where tgname like 'goodstanding%'")
+        told = _one_line(_run("rebuild", environment=owner), 2)
+        assert "run goodstanding migrate" in told
+
+
+class TestRebuild:
+    """goodstanding rebuild, goodstanding verify."""
+
+    def test_what_verify_finds_rebuild_repairs(self, backend: Backend) -> None:
+        """Those whose counts differ are named, with status 1; a rebuild of one mends one, a rebuild mends all."""
+        users = sorted(backend.user(completed=2) for _ in range(2))
+        assert 0 == _on_owner(backend, "rebuild").exit_code
+        result = _on_owner(backend, "verify")
+        assert 0 == result.exit_code, result.output
+        assert re.search(r"^\d+ users compared, 0 differ\.$", result.stdout, re.MULTILINE)
+        for user in users:
+            backend.execute("update reputation.tallies set completed = 7 where user_id = $1", user)
+        result = _on_owner(backend, "verify")
+        assert 1 == result.exit_code
+        assert "users compared, 2 differ." in result.stdout
+        assert users == [line for line in result.stdout.splitlines() if line in users]
+        assert "goodstanding rebuild USER_ID" in result.stdout
+
+        result = _on_owner(backend, "rebuild", users[0].upper())
+        assert (0, 1) == (result.exit_code, result.stdout.count("\n"))
+        assert "this user" in result.stdout
+        result = _on_owner(backend, "verify")
+        assert (1, [users[1]]) == (result.exit_code, [line for line in result.stdout.splitlines() if line in users])
+
+        result = _on_owner(backend, "rebuild")
+        assert 0 == result.exit_code
+        assert "The tallies are rebuilt." in result.stdout
+        assert re.search(r"^counted \d+ users$", result.stdout, re.MULTILINE)
+        assert 0 == _on_owner(backend, "verify").exit_code
+
+    def test_a_rebuild_brings_in_the_policy_of_the_settings(self, backend: Backend) -> None:
+        """The tallies mean what the settings say, and then again what they said before."""
+        for name in ("legacy", "standard"):
+            assert 0 == _on_owner(backend, "rebuild", GOODSTANDING_POLICY=name).exit_code
+            assert {"legacy": "own", "standard": "any"}[name] == _value(
+                backend, "select completed_rule from reputation.policy"
+            )
+
+    def test_one_that_was_killed_is_continued_from_where_it_was(self, backend: Backend) -> None:
+        """After a SIGKILL between two batches everybody before is tallied, and whoever recounts next does the rest."""
+        backend.execute("insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 1100)")
+        assert 0 == _on_owner(backend, "rebuild").exit_code
+        version = "select version from reputation.policy"
+        counted = (
+            "select count(*) from reputation.tallies where policy_version = (select version from reputation.policy)"
+        )
+        everybody, before = _value(backend, counted), _value(backend, version)
+        with _held(backend, "select from reputation.tallies order by user_id desc limit 1 for update"):
+            owner = {"GOODSTANDING_DATABASE_URL": backend.database.owner_url}
+            with command("goodstanding", "rebuild", environment=owner) as process:
+                wait_until(lambda: _value(backend, version) == before + 1 and _value(backend, counted) >= 1000)
+                process.kill()
+                # A server that waits for a lock does not notice that its client is gone.
+                wait_until(lambda: _value(backend, _END_WHO_WAITS) >= 1)
+        assert 1000 == _value(backend, counted)
+        assert 0 == _on_owner(backend, "verify").exit_code
+        recounted = _value(backend, "select sum(recounted)::bigint from reputation.recount(1000000)")
+        assert everybody - 1000 == recounted
+        assert everybody == _value(backend, counted)
+
+    def test_what_goes_wrong_is_one_line(self, backend: Backend, bare: Backend) -> None:
+        """An unknown user, a malformed id, no schema, no URL, no server, and a login without the right."""
+        assert "goodstanding: No user has this id." == _one_line(_on_owner(backend, "rebuild", GONE), 1)
+        assert "UUID" in _one_line(_on_owner(backend, "rebuild", "x"), 1)
+        for name in ("rebuild", "verify"):
+            assert "run goodstanding migrate" in _one_line(_on_owner(bare, name), 2)
+            assert "GOODSTANDING_DATABASE_URL" in _one_line(_run(name), 2)
+            assert "lacks a right" in _one_line(_on(backend, name), 2)
+            _one_line(_run(name, "--database-url", NO_DATABASE), 1)
+
+
+_END_WHO_WAITS: Final = """
+select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity
+where datname = current_database() and wait_event_type = 'Lock'
+"""
+
+
+def _on_owner(backend: Backend, *words: str, **variables: str) -> Result:
+    return _on(backend, *words, **{"GOODSTANDING_DATABASE_URL": backend.database.owner_url, **variables})
+
+
+def _value(backend: Backend, query: str) -> Any:  # noqa: ANN401 - whatever the query gives
+    async def ask() -> Any:  # noqa: ANN401 - the same
+        async with connect(backend.database.superuser_url) as connection:
+            return await connection.fetchval(query)
+
+    return backend.call(ask)
+
+
+@contextmanager
+def _held(backend: Backend, query: str) -> Iterator[None]:
+    """Hold the locks that a query takes."""
+
+    async def take() -> "asyncpg.Connection[asyncpg.Record]":
+        connection = await asyncpg.connect(backend.database.superuser_url)
+        await connection.execute("begin")
+        await connection.execute(query)
+        return connection
+
+    connection = backend.call(take)
+    try:
+        yield
+    finally:
+        backend.call(connection.close)
 
 
 def _schemas(backend: Backend) -> list[str]:

@@ -15,7 +15,7 @@ from goodstanding.history import QUERIES
 from goodstanding.migrate import upgrade
 from goodstanding.policy import LEGACY, STANDARD, ReputationPolicy
 
-from .conftest import Database, connect
+from .conftest import Database, command, connect
 from .storm import compare
 from .test_changes_sql import settled
 
@@ -110,20 +110,75 @@ async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_hav
         assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
 
 
-async def test_a_prepared_transaction_is_waited_for(bare_database: Database) -> None:
-    """What is prepared for a two-phase commit after the barrier was raised holds it up like one that runs."""
-    await upgrade(bare_database.owner_url)
-    async with connect(bare_database.superuser_url) as admin:
-        if await admin.fetchval("show max_prepared_transactions") == "0":
-            assert "prepared" not in str(await admin.fetchval("select reputation.prepared()"))
-        still = "select reputation.still_running($1)"
-        assert [] == await admin.fetchval(still, [])
-        assert [] == await admin.fetchval(still, ["prepared 1"])
-        assert [] == await admin.fetchval(still, ["1/1"])
+@pytest.mark.parametrize("prepared", ["before", "after"])
+async def test_a_prepared_transaction_is_waited_for(database: Database, prepared: str) -> None:
+    """What is prepared for a two-phase commit, before the barrier or across it, holds it up like one that runs."""
+    user1, user2, user3 = [await database.add_user() for _ in range(3)]
+    await database.add_session(await database.add_match(user1, user2), a=True)
+    name = f"{database.name} {prepared}"
+    async with database.owner() as owner, database.owner() as relay, connect(database.owner_url) as old:
+        await settled(relay)
+        await old.execute("begin isolation level repeatable read")
+        await old.fetchval("select count(*) from public.wingman_matches")
+        try:
+            if prepared == "before":
+                await old.execute(COMPLETE)
+                await command(old, "prepare transaction %L", name)
+            await owner.execute("update public.wingman_matches set user1_id = $1", user3)
+            await tallies.fold(relay, 1000)
+            assert (await tallies.recount(relay, 1000)).waiting
+            if prepared == "after":
+                await old.execute(COMPLETE)
+                await command(old, "prepare transaction %L", name)
+            for _ in range(3):
+                assert (await tallies.recount(relay, 1000)).waiting
+            assert [(0, 0), (0, 0), (0, 0)] == await counts(owner, [user1, user2, user3])
+            await command(owner, "commit prepared %L", name)
+        except BaseException:
+            if await owner.fetchval("select exists (select from pg_prepared_xacts where gid = $1)", name):
+                await command(owner, "rollback prepared %L", name)
+            raise
+        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+        await settled(relay)
+        assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
 
 
-async def test_another_policys_differences_mark_their_users(database: Database) -> None:
-    """A transaction that computed its differences before a rebuild and commits after it leaves nobody wrong."""
+async def test_a_verdict_that_a_fold_did_not_see_is_counted(database: Database) -> None:
+    """A session ends, and its end is folded, while a verdict on it is being recorded: the verdict stands."""
+    user1, user2 = await database.add_user(), await database.add_user()
+    session = await database.add_session(await database.add_match(user1, user2), b=True)
+    async with database.owner() as owner, database.owner() as relay, connect(database.service_url) as judge:
+        await settled(relay)
+        async with judge.transaction():
+            await judge.execute(QUERIES["attribute"], session, "user2", "seen", "support")
+            await owner.execute("update public.wingman_sessions set status = 'no_show'")
+            await tallies.fold(relay, 1000)
+            assert [(0, 1), (0, 0)] == await counts(owner, [user1, user2])
+        assert [(0, 0), (0, 1)] == await counts(owner, [user1, user2])
+        await settled(relay)
+        assert [(0, 0), (0, 1)] == [await tally(owner, user) for user in (user1, user2)]
+
+
+async def test_a_session_that_moved_while_it_was_judged_counts_for_its_new_users(database: Database) -> None:
+    """The verdict is recorded for the users that it saw, and counts for those whom the session has moved to."""
+    users = [await database.add_user() for _ in range(4)]
+    first, second = await database.add_match(*users[:2]), await database.add_match(*users[2:])
+    session = await database.add_session(first, "no_show", b=True)
+    async with database.owner() as owner, database.owner() as relay, connect(database.service_url) as judge:
+        await settled(relay)
+        async with judge.transaction():
+            await judge.execute(QUERIES["attribute"], session, "user2", "seen", "support")
+            await owner.execute("update public.wingman_sessions set match_id = $1 where match_id = $2", second, first)
+            await tallies.fold(relay, 1000)
+            await tallies.recount(relay, 1000)
+            assert [(0, 0), (0, 0), (0, 1), (0, 0)] == await counts(owner, users)
+        assert [(0, 0), (0, 0), (0, 0), (0, 1)] == await counts(owner, users)
+        await settled(relay)
+        assert [(0, 0), (0, 0), (0, 0), (0, 1)] == [await tally(owner, user) for user in users]
+
+
+async def test_a_difference_holds_under_every_policy(database: Database) -> None:
+    """A transaction that wrote before a rebuild and commits after it is counted under the new policy."""
     user1, user2 = await database.add_user(), await database.add_user()
     await database.add_session(await database.add_match(user1, user2))
     async with database.owner() as owner, connect(database.owner_url) as old:
@@ -141,8 +196,9 @@ async def test_another_policys_differences_mark_their_users(database: Database) 
         await compare(old, LEGACY)
 
 
-async def test_a_transaction_older_than_the_triggers_marks_everybody(database: Database) -> None:
-    """It may not see matches that were rewritten while no trigger told of it."""
+async def test_nobody_is_counted_while_a_transaction_is_older_than_the_triggers(database: Database) -> None:
+    """It may not see matches that were rewritten while no trigger told of it; `migrate` leaves it to the relay."""
+    told: list[str] = []
     user1, user2, user3 = [await database.add_user() for _ in range(3)]
     await database.add_session(await database.add_match(user1, user2), a=True)
     await upgrade(database.owner_url, triggers=False)
@@ -151,12 +207,17 @@ async def test_a_transaction_older_than_the_triggers_marks_everybody(database: D
         await transaction.start()
         await old.fetchval("select 1")
         await owner.execute("update public.wingman_matches set user1_id = $1", user3)
-        await upgrade(database.owner_url)
+        await upgrade(database.owner_url, report=told.append)
+        assert [line for line in told if "older than the triggers" in line]
+        assert not await tallies.rebuild(database.owner_url, STANDARD)
         await old.execute(COMPLETE)
+        await tallies.fold(owner, 1000)
+        assert tallies.Recounted(0, waiting=True, counting=True) == await tallies.recount(owner, 1000)
+        assert [(0, 0), (0, 0), (0, 0)] == await counts(owner, [user1, user2, user3])
         await transaction.commit()
         assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
         await settled(owner)
-        assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
+        assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
 
 
 async def test_without_triggers_every_read_recounts(bare_database: Database) -> None:

@@ -276,15 +276,15 @@ def rebuild(
 ) -> None:
     """Count everybody again, under the policy of the settings; or one user, under the policy that the tallies have.
 
-    Blocks nobody: meanwhile every read is exact, and an interrupted rebuild is continued by the next one or by a relay.
+    Blocks nobody: meanwhile every read is exact, and a relay continues what was interrupted.
     """
 
     async def work() -> None:
         settings = _settings(database_url=database_url)
         url, policy = settings.require_database(), settings.reputation_policy()
         if user_id is None:
-            await tallies.rebuild(url, policy, report=_report)
-            _report("The tallies are rebuilt.")
+            if await tallies.rebuild(url, policy, report=_report):
+                _report("The tallies are rebuilt.")
         else:
             await tallies.rebuild_user(url, parse_user_id(user_id), policy)
             _report("Every read counts this user again from now on, until the relay has renewed the tally.")

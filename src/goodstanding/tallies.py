@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import asyncpg
 
 from goodstanding.data import UserId
-from goodstanding.errors import ConfigurationError
+from goodstanding.errors import ConfigurationError, UserNotFoundError
 from goodstanding.history import QUERIES as HISTORY_QUERIES
 from goodstanding.history import TallyStatus, named_queries
 from goodstanding.owner import Report, connected, silent
@@ -87,10 +87,11 @@ async def status(connection: "_Connection", policy: ReputationPolicy) -> TallySt
     return TallyStatus(*row)
 
 
-async def count_everybody(connection: "_Connection", say: Report) -> None:
+async def count_everybody(connection: "_Connection", say: Report) -> bool:
     """Count until everybody is counted, in small transactions: beside every load, and after an interruption the rest.
 
-    Several may do so at the same time, a relay among them, to which it is left while nobody can be counted yet.
+    Several may do so at the same time, a relay among them. False when it is left to that, since nobody can be counted
+    yet.
     """
     total = await connection.fetchval(QUERIES["how_many"])
     counted = 0
@@ -101,19 +102,20 @@ async def count_everybody(connection: "_Connection", say: Report) -> None:
         if not done.counting:
             break
         if done.waiting and not done.users:
-            say("transactions older than the triggers are running: everybody is counted when they have ended")
-            break
+            say("transactions older than the triggers are running: the relay counts everybody when they have ended")
+            return False
         if time.monotonic() - told >= _PROGRESS_SECONDS:
             told = time.monotonic()
             say(f"counted {counted} of {total} users")
     if counted:
         say(f"counted {counted} users")
+    return True
 
 
-async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> None:
-    """Let the tallies mean this policy, and count everybody; as the owner of the host's tables.
+async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> bool:
+    """Let the tallies mean this policy, and count everybody, or leave that to the relay; as the host tables' owner.
 
-    Reads are exact meanwhile, writers wait for nothing, and after an interruption whatever runs next does the rest.
+    Reads are exact meanwhile, writers wait for nothing, and after an interruption a relay does the rest.
     Raises ConfigurationError, TemporarilyUnavailableError.
     """
     say = report or silent
@@ -121,17 +123,18 @@ async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report
         await _require_triggers(connection, policy)
         await connection.execute(QUERIES["rebuild"], *policy.meaning)
         say("the tallies mean this policy from now on; counting everybody")
-        await count_everybody(connection, say)
+        return await count_everybody(connection, say)
 
 
 async def rebuild_user(database_url: str, user: UserId, policy: ReputationPolicy) -> None:
     """Have one user counted again: at once by every read, and by the relay for good.
 
-    Raises ConfigurationError, TemporarilyUnavailableError.
+    Raises UserNotFoundError, ConfigurationError, TemporarilyUnavailableError.
     """
     async with connected(database_url, silent) as connection:
         await _require_triggers(connection, policy)
-        await connection.execute(QUERIES["mark"], user)
+        if not await connection.fetch(QUERIES["mark"], user):
+            raise UserNotFoundError
 
 
 async def verify(database_url: str, *, report: Report | None = None) -> Verification:

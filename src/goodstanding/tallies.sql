@@ -21,8 +21,10 @@ select recounted, waiting, counting from reputation.recount($1::integer)
 select reputation.rebuild($1::text, $2::text, $3::text)
 
 -- name: mark
--- Have one user counted again, as a trigger would.
-insert into reputation.changes (user1_id) values ($1::uuid)
+-- Have one user counted again, as a trigger would; no row when there is no such user.
+insert into reputation.changes (user1_id)
+select known.id from public.user_profiles as known where known.id = $1::uuid
+returning user1_id
 
 -- name: how_many
 -- How many users there are.

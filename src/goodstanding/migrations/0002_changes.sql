@@ -34,8 +34,8 @@ create table reputation.changes (
     old_confirmed2 boolean,
     new_confirmed1 boolean,
     new_confirmed2 boolean,
-    included1 boolean not null default false,
-    included2 boolean not null default false,
+    included1 boolean,
+    included2 boolean,
     old_status text,
     new_status text
 );
@@ -136,7 +136,7 @@ left join lateral (
             policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
         ) as new
     offset 0 -- a fence: worked out once, not once per use
-) as meaning on not side.recount and not side.included
+) as meaning on not side.recount and side.included is not true
 where policy.the_only;
 
 -- The triggers' functions run in the host's own statements, so nothing in them may fail or wait: they insert, and read
@@ -169,16 +169,16 @@ $$;
 -- A session was inserted, updated or deleted: append the difference. In an INSERT every field of OLD is null, in a
 -- DELETE every one of NEW. A match that is not there is being deleted in this very transaction: its own trigger marks
 -- both users.
--- The one function that every write of a session pays for, so the one whose search_path is the caller's (setting it is
--- a fifth of the cost): nothing in here may depend on it. Every name, operator and type is qualified; what cannot be
--- (IN, LIKE, IS DISTINCT FROM, CASE x WHEN) is not used. Few and short conditions, and one statement: each is made
--- ready anew in every transaction. The constants of type regclass have the expressions made anew when the host alters
--- the type of a column, where a session that has used them would else fail.
+-- The one function that every write of a session pays for, so the one without settings of its own (they are a fourth of
+-- its cost). The search_path is the caller's, so nothing in here may depend on it: every name, operator and type is
+-- qualified; what cannot be (IN, LIKE, IS DISTINCT FROM, CASE x WHEN) is not used. Under row_security = off, where a
+-- hidden match is an error, the users are marked instead. Few and short conditions, and one statement: each is made
+-- ready anew in every transaction. The constants of type regclass have an expression made anew when the host alters a
+-- column's type, where a session that has used it before would else fail.
 create function reputation.session_changed() returns trigger
 language plpgsql
 volatile
 security definer
-set row_security = on
 as $$
 begin
     if new.status::pg_catalog.text operator(pg_catalog.=) old.status::pg_catalog.text
@@ -200,10 +200,18 @@ begin
             or old.status::pg_catalog.text
                 operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
         ) is not true
+        or pg_catalog.current_setting('row_security') operator(pg_catalog.=) 'off'
         or 'public.wingman_sessions'::pg_catalog.regclass is null
     then
-        if new.match_id operator(pg_catalog.<>) old.match_id or new.id operator(pg_catalog.<>) old.id then
-            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of the move.
+        if new.match_id operator(pg_catalog.<>) old.match_id
+            or new.id operator(pg_catalog.<>) old.id
+            or new.status::pg_catalog.text
+                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+            or old.status::pg_catalog.text
+                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+            or 'public.wingman_sessions'::pg_catalog.regclass is null
+        then
+            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of a move.
             perform reputation.mark_matches(array[old.match_id, new.match_id]);
         end if;
         return null;
@@ -449,10 +457,9 @@ begin
 end
 $$;
 
--- What is left of a set of transactions that `running` gave; empty when each of them has ended.
--- A transaction that is prepared is among the prepared ones before it is no longer among the running ones. Which of
--- them it is cannot be told, so all that are prepared at that moment are waited for.
-create function reputation.still_running(transactions text[]) returns text[]
+-- The transactions to wait for, so that everything that was there before now has ended. A transaction that is prepared
+-- is among the prepared ones before it is no longer among the running ones, so the running ones are looked at first.
+create function reputation.unfinished() returns text[]
 language plpgsql
 volatile
 security definer
@@ -460,20 +467,39 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 declare
-    remaining text[];
+    unfinished text[] := reputation.running();
 begin
-    if not exists (select from pg_catalog.unnest(transactions) as one (name) where one.name not like 'prepared %') then
-        return array(
-            select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.prepared())
-        );
-    end if;
-    remaining := array(
-        select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.running())
+    return unfinished || reputation.prepared();
+end
+$$;
+
+-- What is left of a set of transactions that `unfinished` gave; empty when each of them has ended.
+-- One that was running may have been prepared since. Which of them it is cannot be told, so when none of them is running
+-- any more, all that are prepared at that moment are waited for.
+create function reputation.still_unfinished(transactions text[]) returns text[]
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+declare
+    were_running text[] := array(
+        select one.name from pg_catalog.unnest(transactions) as one (name) where one.name not like 'prepared %'
     );
-    if remaining = '{}' then
-        remaining := reputation.prepared();
+    are_running text[];
+begin
+    if were_running <> '{}' then
+        are_running := array(
+            select pg_catalog.unnest(were_running) intersect select pg_catalog.unnest(reputation.running())
+        );
+        if are_running = '{}' then
+            return reputation.prepared();
+        end if;
     end if;
-    return remaining;
+    return are_running || array(
+        select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.prepared())
+    );
 end
 $$;
 
@@ -630,19 +656,19 @@ begin
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.* into strict rules from reputation.policy where policy.the_only;
 
-    state.older := reputation.still_running(state.older);
+    state.older := reputation.still_unfinished(state.older);
     if state.older <> '{}' then
         update reputation.upkeep set older = state.older where upkeep.the_only;
         return query select 0, true, state.counting;
         return;
     end if;
-    state.waiting_for := reputation.still_running(state.waiting_for);
+    state.waiting_for := reputation.still_unfinished(state.waiting_for);
     if state.waiting_for = '{}'
         and exists (select from reputation.recounts as later where later.generation > state.generation)
         and not exists (select from reputation.recounts as ready where ready.generation <= state.generation)
     then
         state.generation := state.generation + 1;
-        state.waiting_for := reputation.running();
+        state.waiting_for := reputation.unfinished();
     end if;
     passed := case when state.waiting_for = '{}' then state.generation else state.generation - 1 end;
 
@@ -678,8 +704,8 @@ begin
     included as (
         update reputation.changes as change
         set
-            included1 = change.included1 or (change.user1_id = any (chosen || next_in_turn)) is true,
-            included2 = change.included2 or (change.user2_id = any (chosen || next_in_turn)) is true
+            included1 = change.included1 or change.user1_id = any (chosen || next_in_turn),
+            included2 = change.included2 or change.user2_id = any (chosen || next_in_turn)
         where not change.recount
             and change.ctid = any (array(
                 select as_user1.ctid from reputation.changes as as_user1 join due on due.user_id = as_user1.user1_id

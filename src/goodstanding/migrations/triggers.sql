@@ -53,7 +53,7 @@ declare
     rules reputation.policy;
 begin
     perform from reputation.upkeep where upkeep.the_only for no key update;
-    update reputation.upkeep set older = reputation.running() where upkeep.the_only;
+    update reputation.upkeep set older = reputation.unfinished() where upkeep.the_only;
     select policy.* into strict rules from reputation.policy where policy.the_only;
     perform reputation.rebuild(rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
 end
