@@ -267,7 +267,7 @@ class _Endpoints:
         )
         if told:
             return _done("The verdict is recorded.")
-        return _done("The verdict is recorded; the cache is away, so badges may take up to five minutes to follow.")
+        return _done("The verdict is recorded; the cache is away, so badges may follow later.")
 
     async def live(self, _request: Request) -> Response:
         """Answer as long as the event loop turns."""
