@@ -165,6 +165,8 @@ class Redis:
                 return self._set(words[0], words[1], words[2:])
             case b"DEL" | b"UNLINK":
                 return sum(self._drop(key) for key in words)
+            case b"EXISTS":
+                return sum(self.get(key) is not None for key in words)
             case b"PUBLISH":
                 return self._publish(words[0], words[1])
             case b"EVAL":

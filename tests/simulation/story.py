@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
@@ -26,6 +26,7 @@ from goodstanding.memory import MemoryCache, MemoryTier
 from goodstanding.reputation_service import ReputationService, Source
 from goodstanding.settings import Settings, load_settings
 from tests.parts import user
+from tests.simulation.bugs import BUGS
 from tests.simulation.postgres import Connection, Pool, Postgres, open_connection
 from tests.simulation.redis import Keys, Redis, RedisClient
 from tests.simulation.world import Process, Route, World
@@ -667,8 +668,8 @@ def _log(_logger: object, method: str, event: Any) -> Any:  # noqa: ANN401 - str
 
 
 @contextmanager
-def simulated(*, traced: bool = False) -> Iterator[None]:
-    """Give the product the simulated time, servers and randomness, in place of its own."""
+def simulated(bug: str | None = None, *, traced: bool = False) -> Iterator[None]:
+    """Give the product the simulated time, servers and randomness, in place of its own; and plant a bug."""
     logging = structlog.get_config()
     structlog.configure(
         processors=[_log],
@@ -687,6 +688,7 @@ def simulated(*, traced: bool = False) -> Iterator[None]:
             patch.object(main, "MemoryCache", _timed(MemoryCache)),
             patch.object(main, "Relay", _timed(Relay)),
             patch.object(service_module, "secrets", SimpleNamespace(token_hex=_token_hex)),
+            BUGS[bug].plant() if bug else nullcontext(),
         ):
             yield
     finally:
@@ -696,3 +698,14 @@ def simulated(*, traced: bool = False) -> Iterator[None]:
 def run(seed: int, scenario: str | None = None, *, traced: bool = False) -> Outcome:
     """Run a seed; only inside `simulated`."""
     return Story(seed, scenario, traced=traced).tell()
+
+
+def run_some(seeds: Sequence[int], *, scenario: str | None, bug: str | None) -> list[Outcome]:
+    """Run seeds in a process of their own, up to the first that fails."""
+    outcomes = []
+    with simulated(bug):
+        for seed in seeds:
+            outcomes.append(run(seed, scenario))
+            if outcomes[-1].violations:
+                break
+    return outcomes
