@@ -30,7 +30,7 @@ WHOLE: Final = os.environ.get("GOODSTANDING_LIVE") == "whole"
 SEED: Final = int(os.environ.get("GOODSTANDING_LIVE_SEED", secrets.randbelow(2**31)))
 _CUT_SECONDS: Final = 30.0 if WHOLE else 3.0
 _FROZEN_SECONDS: Final = 5.0 if WHOLE else 3.0
-_KILLS: Final = 50 if WHOLE else 6
+_KILLS: Final = 50 if WHOLE else 3
 _CHANGES: Final = 100_000 if WHOLE else 0
 _SLOWEST: Final = 0.5, 2.0
 """Seconds of the median and of the slowest: a busy machine is tested here. benchmarks/live.py measures the promise."""
@@ -135,11 +135,11 @@ async def _flood(lot: Fleet) -> None:
 _FAULTS: Final[Sequence[Fault]] = (
     _kill_the_leader,
     _kill_redis_for_a_second,
-    _end_all_sessions,
     _freeze_the_leader,
-    _cut_the_leader_off_everything,
 )
 _MORE_FAULTS: Final[Sequence[Fault]] = (
+    _end_all_sessions,
+    _cut_the_leader_off_everything,
     _flood,
     _cut_one_off_redis,
     _crash_a_backend,
@@ -177,7 +177,7 @@ async def test_nothing_is_stale_for_longer_than_promised(database: Database, pos
 async def test_nor_without_redis(database: Database, postgres: Postgres) -> None:
     """Two processes that hear of changes from PostgreSQL keep the same promise."""
     async with fleet(database, None, processes=2, users=200, seed=SEED) as lot:
-        await _storm(lot, _FAULTS_WITHOUT_REDIS if WHOLE else _FAULTS_WITHOUT_REDIS[:3])
+        await _storm(lot, _FAULTS_WITHOUT_REDIS if WHOLE else _FAULTS_WITHOUT_REDIS[:2])
     assert postgres.running
 
 
