@@ -44,6 +44,7 @@ class _Listener:
 
     passed: float = 100.0
     heard: list[Sequence[UserId] | None] = field(default_factory=list)
+    terms: set[int] = field(default_factory=set)
     freshness: Freshness = field(init=False)
     broadcast: Broadcast = field(init=False)
 
@@ -56,8 +57,11 @@ class _Listener:
         return self.freshness.trusted
 
     def hear_beat(self, term: int = 1, *, looked: float | None = None, late: float = 0.0) -> None:
-        """Hear a beat, whose relay looked `late` seconds before now."""
+        """Hear a beat, whose relay looked `late` seconds before now; in a new term after one to measure it by."""
         looked = self.passed - late + _RELAY_CLOCK if looked is None else looked
+        if term not in self.terms:
+            self.terms.add(term)
+            self.broadcast.receive(beat(term, looked - 0.25).encode())
         self.broadcast.receive(beat(term, looked).encode())
 
 
@@ -88,10 +92,10 @@ class TestFreshness:
 
     def test_beats_follow_each_other(self, listener: _Listener) -> None:
         """While they come, belief never ends, though clocks of two hosts run apart by a second in a few minutes."""
-        for drift in (1.0, 1.0005, 0.9995):
+        for term, drift in enumerate((1.0, 1.0005, 0.9995), 1):
             for _ in range(40_000):
                 listener.passed += 0.25
-                listener.hear_beat(looked=_RELAY_CLOCK + listener.passed * drift)
+                listener.hear_beat(term, looked=_RELAY_CLOCK + listener.passed * drift)
                 assert listener.trusts()
                 listener.passed += 1.0
                 assert listener.trusts()
@@ -118,6 +122,25 @@ class TestFreshness:
         assert listener.trusts()
         listener.passed += 0.52
         assert not listener.trusts()
+
+    def test_the_first_beat_of_a_term_is_only_measured_by(self, listener: _Listener) -> None:
+        """It may have been under way for long, and nobody could tell; the second one shows how late it was."""
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed - 5.0).encode())
+        assert not listener.trusts()
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed).encode())
+        assert listener.trusts()
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed - 5.0).encode())
+        assert not listener.trusts()
+
+    def test_a_late_beat_is_known_on_a_new_connection_too(self, listener: _Listener) -> None:
+        """How the clocks differ is remembered for as long as the relay leads, whatever connection tells of it."""
+        listener.hear_beat()
+        listener.broadcast.lose()
+        listener.passed += 10.0
+        listener.hear_beat(late=5.0)
+        assert not listener.trusts()
+        listener.hear_beat()
+        assert listener.trusts()
 
     def test_a_new_term_ends_the_one_before(self, listener: _Listener) -> None:
         """What the relay before said counts no longer, and a beat of its own, late as it is, counts for nothing."""
@@ -280,8 +303,8 @@ class TestRedis:
     async def test_beats_are_believed(self, redis_url: str, listener: _Listener) -> None:
         """A beat that Redis vouches for arrives, and is believed."""
         async with _hearing(redis_url, listener) as cache:
-            await cache.say_vouched(beat(5, 1.0))
-            await cache.say_vouched(beat(5, 1.0))
+            for looked in (1.0, 1.0, 1.25):  # the first one only finds a Redis that nobody vouches for yet
+                await cache.say_vouched(beat(5, looked))
             await eventually(listener.trusts)
 
     @pytest.mark.parametrize("kind", ["pubsub", "normal"])
@@ -413,10 +436,10 @@ class TestNotify:
         async with _hearing_notifications(database, listener) as announcer, database.owner() as connection:
             undone = connection.transaction()
             await undone.start()
-            await notify(connection, "all", beat(3, 1.0))  # type: ignore[arg-type] # a lent connection is one
+            await notify(connection, "all", beat(3, 0.75), beat(3, 1.0))  # type: ignore[arg-type] # a lent connection is one
             await undone.rollback()
             async with connection.transaction():
-                await notify(connection, *messages([user(2)]), beat(4, 1.0))  # type: ignore[arg-type] # as above
+                await notify(connection, *messages([user(2)]), beat(4, 0.75), beat(4, 1.0))  # type: ignore[arg-type] # as above
             await announcer.say([user(1)])
             await eventually(lambda: len(listener.heard) == 2)
             assert [[user(2)], [user(1)]] == listener.heard

@@ -74,25 +74,27 @@ class Freshness:
         """Note a new relay: what the one before said counts no longer."""
         if term > self._term:
             self._term = term
+            self._ahead = _NEVER
             self.lose()
 
     def beat(self, term: int, looked: float) -> None:
         """Note that the relay of this term has told everything that was committed when it `looked`, by its own clock.
 
         One that another relay has replaced is not believed, and one that comes late not for long: how late is seen
-        from the quickest one, so that clocks need not agree, nor go equally fast. A process that was frozen finds many
-        of these.
+        from the quickest one, so that clocks need not agree, nor go equally fast. The first of a term may be late
+        itself, so it is only measured by. A process that was frozen finds many of these.
         """
         self.lead(term)
         if term == self._term:
             now = self._monotonic()
+            measured = self._ahead < _NEVER
             self._ahead = min(self._ahead + _DRIFT * (now - self._at), now - looked)
             self._at = now
-            self._until = looked + self._ahead + BELIEF_SECONDS
+            if measured:
+                self._until = looked + self._ahead + BELIEF_SECONDS
 
     def lose(self) -> None:
         """Note that something may have been missed."""
-        self._ahead = _NEVER
         self._until = -_NEVER
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
 BEAT_SECONDS: Final = 0.25
+_LATE_SECONDS: Final = 0.4
 LEAD: Final = 7_239_817_264_501_103
 """The advisory lock whose holder leads."""
 
@@ -270,7 +271,8 @@ class Relay:
             looked = self._monotonic()
             if await ledger.pending() and not await self._fold(ledger):
                 continue
-            if looked >= beat_due:
+            # A look that is long past, because a fold took long or this process was frozen, is not spoken of.
+            if looked >= beat_due and self._monotonic() - looked < _LATE_SECONDS:
                 beat_due = looked + BEAT_SECONDS
                 await self._publisher.beat(ledger, term, looked)
             if looked >= recount_due:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 from unittest.mock import patch
 
+from goodstanding import changes
 from goodstanding.broadcast import BELIEF_SECONDS, Broadcast, Freshness, beat
 from goodstanding.cache import RedisCache, last_good_key, lease_key, value_key
 from goodstanding.changes import BEAT_SECONDS, Ledger, RedisPublisher, Relay
@@ -80,14 +81,27 @@ async def _beat_regardless(self: Relay, ledger: Ledger, term: int) -> None:
 
 
 def _believe_any_term(self: Freshness, _term: int, looked: float) -> None:
-    self._ahead = min(self._ahead, self._monotonic() - looked)
-    self._until = looked + self._ahead + BELIEF_SECONDS
+    now = self._monotonic()
+    measured = self._ahead < float("inf")
+    self._ahead = min(self._ahead, now - looked)
+    if measured:
+        self._until = looked + self._ahead + BELIEF_SECONDS
 
 
 def _believe_late(self: Freshness, term: int, _looked: float) -> None:
     self.lead(term)
     if term == self._term:
         self._until = self._monotonic() + BELIEF_SECONDS
+
+
+_beat = Freshness.beat
+
+
+def _believe_first(self: Freshness, term: int, looked: float) -> None:
+    self.lead(term)
+    if term == self._term and self._ahead == float("inf"):
+        _beat(self, term, looked)
+    _beat(self, term, looked)
 
 
 async def _say_unvouched(self: RedisCache, message: str) -> None:
@@ -112,6 +126,8 @@ BUGS: Final[dict[str, Bug]] = {
     "a beat while changes wait": Bug(lambda: patch.object(Relay, "_lead", _beat_regardless), "postgres"),
     "a replaced relay is believed": Bug(lambda: patch.object(Freshness, "beat", _believe_any_term), "freezes"),
     "a late beat is believed for long": Bug(lambda: patch.object(Freshness, "beat", _believe_late), "a lone relay"),
+    "a first beat is believed": Bug(lambda: patch.object(Freshness, "beat", _believe_first), "a lone relay"),
+    "a look that is long past is spoken of": Bug(lambda: patch.object(changes, "_LATE_SECONDS", 1e9), "postgres"),
     "a rewound Redis is believed": Bug(lambda: patch.object(RedisCache, "say_vouched", _say_unvouched), "redis"),
     "a read joins any load": Bug(lambda: patch.object(_Flight, "serves", _join_any), "calm"),
 }

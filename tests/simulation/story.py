@@ -350,7 +350,7 @@ class Story:
         if service is None:
             return False
         began = self.world.now
-        floors = dict(member.floors)
+        known = dict(member.floors)
         self.reads += 1
         try:
             answers = await service.read_many(users, use_cache=use_cache)
@@ -359,6 +359,8 @@ class Story:
             if final or self.plan.scenario == "calm":
                 self.world.violated(member.name, "could not answer")
             return False
+        # A Redis that was rewound meanwhile may have forgotten that it was told to drop something.
+        floors = known if began > self._rewound else {}
         bound = self.plan.soon if self.plan.scenario == "calm" else STALE_SECONDS
         for who, answer in answers.items():
             completed = None if answer.data is None else answer.data.completed_sessions
