@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick live check lint types imports format bench alerts clean
+.PHONY: help run test quick live simulate check lint types imports format bench alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +32,9 @@ quick: .venv/.ready ## run the tests that take seconds, without coverage
 
 live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s among them (ten minutes)
 	@GOODSTANDING_LIVE=whole $(BIN)/python -m pytest -rP tests/test_live.py
+
+simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, from random seeds (SEEDS=1000)
+	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000)
 
 check: lint types imports ## everything that reads the code without running it
 

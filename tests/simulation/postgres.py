@@ -145,9 +145,9 @@ class Postgres:
             tallies.QUERIES["pending"]: self._pending,
             tallies.QUERIES["fold"]: self._fold,
             tallies.QUERIES["recount"]: self._recount,
-            changes._LEAD: self._lead,  # noqa: SLF001 - the statements of the product
-            changes._IDLE: self._set_idle_timeout,  # noqa: SLF001 - the same
-            broadcast._NOTIFY: self._notify,  # noqa: SLF001 - the same
+            changes._LEAD: self._lead,
+            changes._IDLE: self._set_idle_timeout,
+            broadcast._NOTIFY: self._notify,
             "listen": self._listen,
             "select": self._nothing,
             "begin": self._begin,
@@ -265,7 +265,7 @@ class Postgres:
         self.world.after(self._query_delay(), look)
 
     def _status(self, session: Session, _number: int, *_policy: str) -> None:
-        status = TallyStatus(tracked=True, same_policy=True, counting=False, waiting=0, pending=0)
+        status = TallyStatus(tracked=True, same_policy=True, counting=False, waiting=False, pending=False)
         session.reply([tuple(getattr(status, name) for name in TallyStatus.__slots__)])
 
     def _pending(self, session: Session, _number: int) -> None:
@@ -317,7 +317,7 @@ class Postgres:
 
     def _take(self, batch: int) -> list[Change]:
         """Take what a fold takes: in the order of the users, going on where the last one ended, and every mark."""
-        named = sorted((change for change in self.changes if change.user is not None), key=lambda change: change.user)
+        named = sorted((change for change in self.changes if change.user is not None), key=lambda one: str(one.user))
         ahead = [change for change in named if change.user is not None and change.user >= self._folded_to]
         behind = [change for change in named if change.user is not None and change.user < self._folded_to]
         taken = [*ahead, *behind][:batch]

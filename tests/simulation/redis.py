@@ -86,9 +86,9 @@ class Redis:
         self.refusing = False
         self.listeners: dict[_Client, bytes] = {}
         self.scripts: dict[bytes, Callable[..., Reply]] = {
-            cache._FILL.encode(): self.fill,  # noqa: SLF001 - whose meaning this is
-            cache._RELEASE.encode(): self.release,  # noqa: SLF001 - the same
-            cache._VOUCH.encode(): self.vouch,  # noqa: SLF001 - the same
+            cache._FILL.encode(): self.fill,
+            cache._RELEASE.encode(): self.release,
+            cache._VOUCH.encode(): self.vouch,
         }
         self._pause = pause
         self._clients: dict[_Client, None] = {}
@@ -382,7 +382,7 @@ class RedisClient:
                     self._transport.set_protocol(self._replies)
                 futures = [self.process.create_future() for _ in commands]
                 self._replies.waiting.extend(futures)
-                self._transport.write(b"".join([hiredis.pack_command(command) for command in commands]))  # type: ignore[arg-type] # a tuple of any length
+                self._transport.write(b"".join([hiredis.pack_command(command) for command in commands]))
                 replies = [await future for future in futures]
         except TimeoutError as error:
             self._give_up()

@@ -2,9 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from types import SimpleNamespace
@@ -373,7 +373,8 @@ class Story:
             if not self.postgres.may_answer(who, completed, since=since):
                 self.world.violated(
                     member.name,
-                    f"answers {who[-2:]} = {completed} ({answer.source}) at {began:.6f}, not the truth since {since:.6f}",
+                    f"answers {who[-2:]} = {completed} ({answer.source}) at {began:.6f}, "
+                    f"not the truth since {since:.6f}",
                 )
         return all(answer.source is Source.HIT for answer in answers.values())
 
@@ -385,7 +386,7 @@ class Story:
         leader = self.postgres.leader
         alive = [member for member in self.members if member.alive]
         if leader is not None and leader.link.process in alive and rng.random() < 0.6:
-            return cast("Member", leader.link.process)
+            return leader.link.process
         return rng.choice(alive) if alive else None
 
     def kill(self, seconds: float) -> None:
@@ -535,7 +536,7 @@ class Story:
         left = [
             f"loads of {member.name}"
             for member in self.members
-            if (service := member.service) and (service._flights or service._loads or service._refreshing)  # noqa: SLF001 - nothing else tells
+            if (service := member.service) and (service._flights or service._loads or service._refreshing)
         ]
         left += [f"reads of {member.name}" for member in self.members if member.unfinished != {member.main}]
         left += [f"lease of {who}" for who in self.everybody if self.redis.get(lease_key(who).encode()) is not None]

@@ -309,11 +309,11 @@ class Process(asyncio.BaseEventLoop):
         if self.world.now < self.frozen_until:
             self._wake(self.frozen_until)
             return
-        asyncio._set_running_loop(self)  # noqa: SLF001 - what a running loop does
+        asyncio._set_running_loop(self)
         try:
             self._run_ready()
         finally:
-            asyncio._set_running_loop(None)  # noqa: SLF001 - as above
+            asyncio._set_running_loop(None)
 
     def _run_ready(self) -> None:
         """Do what asyncio's loop does: call what is ready, then what has arrived, then what is due, until nothing is.
@@ -324,17 +324,17 @@ class Process(asyncio.BaseEventLoop):
         while True:
             for _ in range(len(ready)):
                 handle = ready.popleft()
-                if not handle._cancelled:  # type: ignore[attr-defined] # noqa: SLF001 - as the loop does
-                    handle._run()  # type: ignore[attr-defined] # noqa: SLF001 - as the loop does
+                if not handle._cancelled:
+                    handle._run()
             if self._arrived:
                 for link, call, args in self._take_arrived():
                     if link.is_open:
                         call(*args)
             now = self.time() + _RESOLUTION
-            while scheduled and (scheduled[0]._cancelled or scheduled[0]._when < now):  # type: ignore[attr-defined] # noqa: SLF001 - as above
+            while scheduled and (scheduled[0]._cancelled or scheduled[0]._when < now):  # type: ignore[attr-defined]
                 handle = heapq.heappop(scheduled)
-                handle._scheduled = False  # type: ignore[attr-defined] # noqa: SLF001 - as above
-                if not handle._cancelled:  # type: ignore[attr-defined] # noqa: SLF001 - as above
+                handle._scheduled = False  # type: ignore[attr-defined]
+                if not handle._cancelled:
                     ready.append(handle)
             if not ready:
                 break
