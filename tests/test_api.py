@@ -451,7 +451,7 @@ class TestAttribution:
         user, match = backend.match()
         answer = self._attribute(lonely_client, backend.session(match, "cancelled"), "user1")
         assert 200 == answer.status_code
-        assert "badges may take" in answer.json()["message"]
+        assert "badges may follow later" in answer.json()["message"]
         assert -1 == _read(lonely_client, user).json()["score"]
 
 

@@ -127,6 +127,9 @@ def serve(
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=10,
+            # By default a worker that does not answer for 5 s is killed; on a busy machine its start may take longer,
+            # and it would be killed again and again.
+            timeout_worker_healthcheck=60,
         )
 
 
