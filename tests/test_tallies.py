@@ -79,14 +79,26 @@ async def test_pending_is_what_a_fold_would_take(database: Database) -> None:
 
 async def test_a_fold_goes_round_and_takes_no_more_than_it_is_told(database: Database) -> None:
     """A batch bounds it, what is left stays pending, and whoever comes in front of it waits for the next round."""
+    user = await database.add_user()
+    pairs = sorted(
+        [(await database.add_match(user, other), other) for other in [await database.add_user() for _ in range(5)]]
+    )
     async with database.owner() as owner:
         await settled(owner)
-        users = [await database.add_user() for _ in range(5)]
+        for match, _ in pairs:
+            await database.add_session(match, "completed", a=True)
         first = await tallies.fold(owner, 3)
-        assert (3, sorted(users)[:3]) == (first.changes, sorted(first.users))
-        await owner.execute(tallies.QUERIES["mark"], min(users))
-        assert {min(users), *sorted(users)[3:]} == set((await tallies.fold(owner, 3)).users)
+        assert (3, {user, *(other for _, other in pairs[:3])}) == (first.changes, set(first.users))
+        await database.add_session(pairs[0][0], "completed", a=True)
+        await database.add_session(pairs[4][0], "completed", a=True)
+        second = await tallies.fold(owner, 3)
+        assert (3, {user, pairs[3][1], pairs[4][1]}) == (second.changes, set(second.users))
+        third = await tallies.fold(owner, 3)
+        assert (1, {user, pairs[0][1]}) == (third.changes, set(third.users))
         assert 0 == (await tallies.fold(owner, 3)).changes
+        for _, other in pairs:
+            await owner.execute(tallies.QUERIES["mark"], other)
+        assert [3, 2, 0] == [(await tallies.fold(owner, 3)).changes for _ in range(3)]
 
 
 async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_have_ended(database: Database) -> None:
