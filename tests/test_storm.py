@@ -14,8 +14,13 @@ SEED = int(os.environ.get("GOODSTANDING_STORM_SEED", secrets.randbelow(2**31)))
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 120)
-async def test_not_one_user_differs(database: Database) -> None:
-    """Through rollbacks, killed backends, rebuilds and transactions held open, every read is a recount's equal."""
+@pytest.mark.parametrize("few", [50, 2])
+async def test_not_one_user_differs(database: Database, few: int) -> None:
+    """Through rollbacks, killed backends, rebuilds and transactions held open, every read is a recount's equal.
+
+    Both for users with few matches and for those with many: how many are few is set here.
+    """
+    await replaced(database, "reputation.read_counts(uuid[],text,text,text)", ":= 50; -- matches", f":= {few};")
     print(f"GOODSTANDING_STORM_SEED={SEED}")  # noqa: T201 - what a failure is repeated with
     storm = Storm(database, SEED)
     await storm.fill()
@@ -23,6 +28,14 @@ async def test_not_one_user_differs(database: Database) -> None:
     print(storm.compared, storm.tallied, dict(storm.done))  # noqa: T201 - how much was done
     assert storm.compared > 10
     assert storm.tallied > storm.compared, "too few reads were answered by tallies"
+
+
+async def replaced(database: Database, function: str, right: str, wrong: str) -> None:
+    """Give a function another body."""
+    async with connect(database.owner_url) as owner:
+        definition = await owner.fetchval("select pg_get_functiondef($1::text::regprocedure)", function)
+        assert definition.count(right) == 1
+        await owner.execute(definition.replace(right, wrong))
 
 
 # What is planted: a function, and what is replaced by what in it.
@@ -86,11 +99,7 @@ RARE = {
 @pytest.mark.parametrize("bug", PLANTED)
 async def test_the_storm_finds_a_planted_bug(database: Database, bug: str) -> None:
     """Each shortcut that looks right is found within seconds."""
-    name, right, wrong = PLANTED[bug]
-    async with connect(database.owner_url) as owner:
-        definition = await owner.fetchval("select pg_get_functiondef($1::text::regprocedure)", name)
-        assert definition.count(right) == 1
-        await owner.execute(definition.replace(right, wrong))
+    await replaced(database, *PLANTED[bug])
     storm = Storm(database, SEED, weathers=RARE.get(bug, WEATHERS))
     await storm.fill()
     with pytest.raises(DifferenceError):

@@ -122,6 +122,47 @@ async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_hav
         assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
 
 
+VERDICT = """
+select from reputation.attribute((select id from public.wingman_sessions), 'user2', 'seen', 'support')
+"""
+
+
+@pytest.mark.parametrize(
+    ("old_does", "expected"),
+    [
+        (COMPLETE, [(0, 0), (1, 0), (0, 0), (0, 0), (1, 0)]),
+        (
+            "update public.wingman_sessions set match_id = (select id from wingman_matches where status = 'second')",
+            [(0, 0), (0, 0), (1, 0), (1, 0), (0, 0)],
+        ),
+        (VERDICT, [(0, 0), (0, 1), (0, 0), (0, 0), (0, 0)]),
+    ],
+)
+async def test_who_joins_a_match_meanwhile_is_counted(
+    database: Database, old_does: str, expected: list[tuple[int, int]]
+) -> None:
+    """The users of a match are rewritten, and recounted, while a transaction that has seen the old ones goes on."""
+    users = [await database.add_user() for _ in range(5)]
+    first, second = await database.add_match(*users[:2]), await database.add_match(*users[2:4])
+    status = "no_show" if old_does == VERDICT else "completed" if "match_id" in old_does else "scheduled"
+    await database.add_session(first, status, a=True, b=True)
+    async with database.owner() as owner, database.owner() as relay, connect(database.owner_url) as old:
+        await owner.execute("update public.wingman_matches set status = 'second' where id = $1", second)
+        await settled(relay)
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetchval("select count(*) from public.wingman_matches")
+        await owner.execute("update public.wingman_matches set user1_id = $1 where id = $2", users[4], first)
+        await tallies.fold(relay, 1000)
+        await tallies.recount(relay, 1000)
+        await old.execute(old_does)
+        await transaction.commit()
+        for _ in range(2):
+            assert expected == await counts(owner, users)
+            await settled(relay)
+        assert expected == [await tally(owner, user) for user in users]
+
+
 @pytest.mark.parametrize("prepared", ["before", "after"])
 async def test_a_prepared_transaction_is_waited_for(database: Database, prepared: str) -> None:
     """What is prepared for a two-phase commit, before the barrier or across it, holds it up like one that runs."""

@@ -317,24 +317,18 @@ $$;
 
 -- Whether every trigger on the host's tables is there and fires always. One that was disabled and enabled again fires
 -- only at the origin: what happened in between is unknown, so that counts as missing until `migrate` puts it right.
-create function reputation.tracked() returns boolean
-language plpgsql
+-- One row; no definer of its own, so that it becomes a part of the query that asks.
+create function reputation.tracked() returns table (tracked boolean)
+language sql
 stable
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
 as $$
-begin
-    return (
-        select pg_catalog.count(*) = 11
-        from pg_catalog.pg_trigger as ours
-        where ours.tgrelid in (
-                'public.user_profiles'::regclass, 'public.wingman_matches'::regclass, 'public.wingman_sessions'::regclass
-            )
-            and ours.tgname like 'goodstanding\_%'
-            and ours.tgenabled = 'A'
-    );
-end
+    select pg_catalog.count(*) = 11
+    from pg_catalog.pg_trigger as ours
+    where ours.tgrelid in (
+            'public.user_profiles'::pg_catalog.regclass, 'public.wingman_matches'::pg_catalog.regclass, 'public.wingman_sessions'::pg_catalog.regclass
+        )
+        and ours.tgname like 'goodstanding\_%'
+        and ours.tgenabled = 'A'
 $$;
 
 -- The exact counts of every known user of the list at the statement's snapshot; an unknown user has no row.
@@ -367,14 +361,16 @@ declare
 begin
     select policy.version into present
     from reputation.policy
+    cross join reputation.tracked() as triggers
     where policy.the_only
+        and triggers.tracked
         and policy.completed_rule = read_counts.completed_rule
         and policy.unattributed_no_show = read_counts.unattributed_no_show
         and policy.unattributed_cancelled = read_counts.unattributed_cancelled
         and not exists (
             select from reputation.marks as everybody where everybody.user_id is null and everybody.recount
         );
-    if present is not null and reputation.tracked() then
+    if present is not null then
         recounted := '{}';
         for answered in
             select
@@ -847,7 +843,7 @@ as $$
 begin
     return query
     select
-        reputation.tracked(),
+        (select triggers.tracked from reputation.tracked() as triggers),
         exists (
             select from reputation.policy
             where policy.completed_rule = status.completed_rule
