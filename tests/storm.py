@@ -38,8 +38,8 @@ select count(*) from reputation.tallies
 where policy_version = (select version from reputation.policy)
     and user_id not in (select user_id from reputation.recounts)
     and not exists (
-        select from reputation.effects
-        where coalesce(effects.user_id, tallies.user_id) = tallies.user_id and effects.recount
+        select from reputation.marks
+        where coalesce(marks.user_id, tallies.user_id) = tallies.user_id and marks.recount
     )
 """
 EXPECTED: Final = (
@@ -165,11 +165,7 @@ class Storm:
                 while True:
                     await tallies.fold(relay, 1000)
                     done = await tallies.recount(relay, 1000)
-                    if (
-                        not done.waiting
-                        and not done.counting
-                        and not await owner.fetchval("select exists (select from reputation.changes)")
-                    ):
+                    if not done.waiting and not done.counting and not await tallies.pending(relay):
                         break
             for policy in POLICIES:
                 await compare(owner, policy)

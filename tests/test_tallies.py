@@ -79,14 +79,26 @@ async def test_pending_is_what_a_fold_would_take(database: Database) -> None:
 
 async def test_a_fold_goes_round_and_takes_no_more_than_it_is_told(database: Database) -> None:
     """A batch bounds it, what is left stays pending, and whoever comes in front of it waits for the next round."""
+    user = await database.add_user()
+    pairs = sorted(
+        [(await database.add_match(user, other), other) for other in [await database.add_user() for _ in range(5)]]
+    )
     async with database.owner() as owner:
         await settled(owner)
-        users = [await database.add_user() for _ in range(5)]
+        for match, _ in pairs:
+            await database.add_session(match, "completed", a=True)
         first = await tallies.fold(owner, 3)
-        assert (3, sorted(users)[:3]) == (first.changes, sorted(first.users))
-        await owner.execute(tallies.QUERIES["mark"], min(users))
-        assert {min(users), *sorted(users)[3:]} == set((await tallies.fold(owner, 3)).users)
+        assert (3, {user, *(other for _, other in pairs[:3])}) == (first.changes, set(first.users))
+        await database.add_session(pairs[0][0], "completed", a=True)
+        await database.add_session(pairs[4][0], "completed", a=True)
+        second = await tallies.fold(owner, 3)
+        assert (3, {user, pairs[3][1], pairs[4][1]}) == (second.changes, set(second.users))
+        third = await tallies.fold(owner, 3)
+        assert (1, {user, pairs[0][1]}) == (third.changes, set(third.users))
         assert 0 == (await tallies.fold(owner, 3)).changes
+        for _, other in pairs:
+            await owner.execute(tallies.QUERIES["mark"], other)
+        assert [3, 2, 0] == [(await tallies.fold(owner, 3)).changes for _ in range(3)]
 
 
 async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_have_ended(database: Database) -> None:
@@ -108,6 +120,47 @@ async def test_a_marked_user_is_recounted_until_the_transactions_of_the_time_hav
         await settled(relay)
         assert [(0, 0), (1, 0), (1, 0)] == await counts(owner, [user1, user2, user3])
         assert [(0, 0), (1, 0), (1, 0)] == [await tally(owner, user) for user in (user1, user2, user3)]
+
+
+VERDICT = """
+select from reputation.attribute((select id from public.wingman_sessions), 'user2', 'seen', 'support')
+"""
+
+
+@pytest.mark.parametrize(
+    ("old_does", "expected"),
+    [
+        (COMPLETE, [(0, 0), (1, 0), (0, 0), (0, 0), (1, 0)]),
+        (
+            "update public.wingman_sessions set match_id = (select id from wingman_matches where status = 'second')",
+            [(0, 0), (0, 0), (1, 0), (1, 0), (0, 0)],
+        ),
+        (VERDICT, [(0, 0), (0, 1), (0, 0), (0, 0), (0, 0)]),
+    ],
+)
+async def test_who_joins_a_match_meanwhile_is_counted(
+    database: Database, old_does: str, expected: list[tuple[int, int]]
+) -> None:
+    """The users of a match are rewritten, and recounted, while a transaction that has seen the old ones goes on."""
+    users = [await database.add_user() for _ in range(5)]
+    first, second = await database.add_match(*users[:2]), await database.add_match(*users[2:4])
+    status = "no_show" if old_does == VERDICT else "completed" if "match_id" in old_does else "scheduled"
+    await database.add_session(first, status, a=True, b=True)
+    async with database.owner() as owner, database.owner() as relay, connect(database.owner_url) as old:
+        await owner.execute("update public.wingman_matches set status = 'second' where id = $1", second)
+        await settled(relay)
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetchval("select count(*) from public.wingman_matches")
+        await owner.execute("update public.wingman_matches set user1_id = $1 where id = $2", users[4], first)
+        await tallies.fold(relay, 1000)
+        await tallies.recount(relay, 1000)
+        await old.execute(old_does)
+        await transaction.commit()
+        for _ in range(2):
+            assert expected == await counts(owner, users)
+            await settled(relay)
+        assert expected == [await tally(owner, user) for user in users]
 
 
 @pytest.mark.parametrize("prepared", ["before", "after"])

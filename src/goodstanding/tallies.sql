@@ -22,9 +22,9 @@ select reputation.rebuild($1::text, $2::text, $3::text)
 
 -- name: mark
 -- Have one user counted again, as a trigger would; no row when there is no such user.
-insert into reputation.changes (user1_id)
+insert into reputation.marks (user_id)
 select known.id from public.user_profiles as known where known.id = $1::uuid
-returning user1_id
+returning user_id
 
 -- name: how_many
 -- How many users there are.

@@ -18,18 +18,15 @@ create table reputation.policy (
 insert into reputation.policy (completed_rule, unattributed_no_show, unattributed_cancelled)
 values ('any', 'unconfirmed', 'nobody');
 
--- Appended by the triggers in the writers' own transactions. There are two kinds.
--- A difference (recount: false): a session of user1 and user2 was old and became new; a status of null: it was not there.
--- What that means is for the reader to find: a writer looks up neither policy nor verdict, and it holds for all of them.
--- A mark (recount: true): count the users again. Nobody named: everybody.
--- included1, included2: that user was counted after it, so for him it means nothing any more.
--- No key, foreign or primary: there is nothing that a writer could wait for, and two indexes are all that it pays for.
+-- Appended by the triggers in the writers' own transactions: a session of this match was old and became new; a status of
+-- null: it was not there. That is all. Who is concerned, and what it means for them, is found by who reads it: so a
+-- writer looks up nothing, neither users nor verdict nor policy, and whatever these are by then holds for it.
+-- included1, included2: that user of the match was counted after it, so for him it means nothing any more.
+-- No key, foreign or primary: there is nothing that a writer could wait for, and one index is all that it pays for.
 create table reputation.changes (
     changed_at timestamptz not null default clock_timestamp(),
-    user1_id uuid,
-    user2_id uuid,
+    match_id uuid,
     session_id uuid,
-    recount boolean not null default true,
     old_confirmed1 boolean,
     old_confirmed2 boolean,
     new_confirmed1 boolean,
@@ -39,19 +36,33 @@ create table reputation.changes (
     old_status text,
     new_status text
 );
-create index changes_user1 on reputation.changes (user1_id);
-create index changes_user2 on reputation.changes (user2_id);
--- Rows come and go. What is left of those that are gone is cleared away early and without a pause; the file never
--- shrinks, for that would take a lock which the host's writers meet.
-alter table reputation.changes set (
-    autovacuum_vacuum_threshold = 1000,
-    autovacuum_vacuum_scale_factor = 0,
-    autovacuum_vacuum_cost_delay = 0,
-    vacuum_index_cleanup = on,
-    vacuum_truncate = off
+create index changes_match on reputation.changes (match_id);
+
+-- Appended in the same way, where no difference would be right: count this user again; null: everybody.
+-- recount: false when nobody is to be counted, and only what is cached is to be forgotten.
+create table reputation.marks (
+    changed_at timestamptz not null default clock_timestamp(),
+    user_id uuid,
+    recount boolean not null default true
 );
--- Without a key, a publication FOR ALL TABLES would refuse the deletes.
-alter table reputation.changes replica identity full;
+create index marks_user on reputation.marks (user_id);
+
+-- Rows come and go. What is left of those that are gone is cleared away early and without a pause; the files never
+-- shrink, for that would take a lock which the host's writers meet.
+do $$
+declare
+    appended text;
+begin
+    foreach appended in array array['changes', 'marks'] loop
+        execute pg_catalog.format(
+            'alter table reputation.%I set (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0,'
+            ' autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on, vacuum_truncate = off)', appended
+        );
+        -- Without a key, a publication FOR ALL TABLES would refuse the deletes.
+        execute pg_catalog.format('alter table reputation.%I replica identity full', appended);
+    end loop;
+end
+$$;
 
 create table reputation.tallies (
     user_id uuid primary key,
@@ -73,7 +84,7 @@ create index recounts_generation on reputation.recounts (generation);
 -- older: the transactions that were there before the triggers; nobody is counted while one of them runs.
 -- generation: the newest barrier; waiting_for: the transactions that it still waits for (none: it has passed).
 -- counting: everybody is being counted, in the order of the ids; counted_to: up to here that is done.
--- folded_to: the last user of the last full batch; the next one goes on from there, so nobody waits for two rounds.
+-- folded_to: the last match of the last full batch; the next one goes on from there, so nobody waits for two rounds.
 create table reputation.upkeep (
     the_only boolean primary key default true check (the_only),
     older text[] not null default '{}',
@@ -87,63 +98,72 @@ insert into reputation.upkeep default values;
 
 alter table reputation.policy enable row level security;
 alter table reputation.changes enable row level security;
+alter table reputation.marks enable row level security;
 alter table reputation.tallies enable row level security;
 alter table reputation.recounts enable row level security;
 alter table reputation.upkeep enable row level security;
 
--- What every pending change means for each of its users, under the present policy and with the newest verdicts.
-create view reputation.effects as
-select
-    side.change,
-    side.user_id,
-    side.recount,
-    side.changed_at,
-    coalesce((meaning.new = 1)::integer - (meaning.old = 1)::integer, 0) as completed,
-    coalesce((meaning.new = -1)::integer - (meaning.old = -1)::integer, 0) as no_shows
-from reputation.policy
-cross join (
+-- What every pending change means for each user of its match: under the present policy, with the newest verdict, for
+-- the users that the match has in the caller's snapshot.
+create function reputation.effects()
+returns table (
+    change tid, match_id uuid, user_id uuid, number integer, changed_at timestamptz, completed integer, no_shows integer
+)
+language sql
+stable
+as $$
     select
-        as_user1.ctid as change, as_user1.user1_id as user_id, 1 as number, as_user1.session_id,
-        as_user1.recount, as_user1.included1 as included, as_user1.changed_at,
-        as_user1.old_status, as_user1.old_confirmed1 as old_own, as_user1.old_confirmed2 as old_other,
-        as_user1.new_status, as_user1.new_confirmed1 as new_own, as_user1.new_confirmed2 as new_other
-    from reputation.changes as as_user1
-    union all
-    select
-        as_user2.ctid, as_user2.user2_id, 2, as_user2.session_id,
-        as_user2.recount, as_user2.included2, as_user2.changed_at,
-        as_user2.old_status, as_user2.old_confirmed2, as_user2.old_confirmed1,
-        as_user2.new_status, as_user2.new_confirmed2, as_user2.new_confirmed1
-    from reputation.changes as as_user2
-    where as_user2.user2_id is not null
-) as side
-left join lateral (
-    select newest.at_fault
-    from reputation.attributions as newest
-    where newest.session_id = side.session_id
-        and (side.old_status in ('no_show', 'cancelled') or side.new_status in ('no_show', 'cancelled'))
-    order by newest.id desc
-    limit 1
-) as verdict on true
-left join lateral (
-    select
-        reputation.outcome(
-            side.old_status, side.old_own, side.old_other, side.number, verdict.at_fault,
-            policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
-        ) as old,
-        reputation.outcome(
-            side.new_status, side.new_own, side.new_other, side.number, verdict.at_fault,
-            policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
-        ) as new
-    offset 0 -- a fence: worked out once, not once per use
-) as meaning on not side.recount and side.included is not true
-where policy.the_only;
+        side.change, side.match_id, side.user_id, side.number, side.changed_at,
+        coalesce((meaning.new = 1)::integer - (meaning.old = 1)::integer, 0),
+        coalesce((meaning.new = -1)::integer - (meaning.old = -1)::integer, 0)
+    from reputation.policy
+    cross join (
+        select
+            change.ctid as change, change.match_id, change.session_id, change.changed_at,
+            one.number, one.user_id, one.included,
+            change.old_status, one.old_own, one.old_other, change.new_status, one.new_own, one.new_other
+        from reputation.changes as change
+        join public.wingman_matches as match on match.id = change.match_id
+        cross join lateral (
+            values
+                (
+                    1, match.user1_id, change.included1,
+                    change.old_confirmed1, change.old_confirmed2, change.new_confirmed1, change.new_confirmed2
+                ),
+                (
+                    2, match.user2_id, change.included2,
+                    change.old_confirmed2, change.old_confirmed1, change.new_confirmed2, change.new_confirmed1
+                )
+        ) as one (number, user_id, included, old_own, old_other, new_own, new_other)
+    ) as side
+    left join lateral (
+        select newest.at_fault
+        from reputation.attributions as newest
+        where newest.session_id = side.session_id
+            and (side.old_status in ('no_show', 'cancelled') or side.new_status in ('no_show', 'cancelled'))
+        order by newest.id desc
+        limit 1
+    ) as verdict on true
+    left join lateral (
+        select
+            reputation.outcome(
+                side.old_status, side.old_own, side.old_other, side.number, verdict.at_fault,
+                policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
+            ) as old,
+            reputation.outcome(
+                side.new_status, side.new_own, side.new_other, side.number, verdict.at_fault,
+                policy.completed_rule, policy.unattributed_no_show, policy.unattributed_cancelled
+            ) as new
+        offset 0 -- a fence: worked out once, not once per use
+    ) as meaning on side.included is not true
+    where policy.the_only
+$$;
 
 -- The triggers' functions run in the host's own statements, so nothing in them may fail or wait: they insert, and read
--- by index. They have row_security on, where everything else has it off: should the host put these tables' owner under
--- policies too (FORCE ROW LEVEL SECURITY), a match may be hidden from us, and that must not become the writer's error.
--- Everybody is then marked. That nothing changes is found in here: a trigger with a WHEN clause on columns would make
--- the host's ALTER TABLE on them fail.
+-- by index where they must. Those have row_security on, where everything else has it off: should the host put these
+-- tables' owner under policies too (FORCE ROW LEVEL SECURITY), a match may be hidden from us, and that must not become
+-- the writer's error. Everybody is then marked. That nothing changes is found in here: a trigger with a WHEN clause on
+-- columns would make the host's ALTER TABLE on them fail.
 
 -- Mark everybody who is in one of these matches.
 create function reputation.mark_matches(match_ids uuid[]) returns void
@@ -156,25 +176,24 @@ set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 as $$
 begin
-    insert into reputation.changes (user1_id, user2_id)
-    select match.user1_id, match.user2_id
+    insert into reputation.marks (user_id)
+    select side.user_id
     from public.wingman_matches as match
+    cross join lateral (values (match.user1_id), (match.user2_id)) as side (user_id)
     where match.id = any (mark_matches.match_ids);
     if not found and pg_catalog.row_security_active('public.wingman_matches'::regclass) then
-        insert into reputation.changes default values;
+        insert into reputation.marks default values;
     end if;
 end
 $$;
 
--- A session was inserted, updated or deleted: append the difference. In an INSERT every field of OLD is null, in a
--- DELETE every one of NEW. A match that is not there is being deleted in this very transaction: its own trigger marks
--- both users.
+-- A session was inserted, updated or deleted: append what it was and what it is. In an INSERT every field of OLD is
+-- null, in a DELETE every one of NEW.
 -- The one function that every write of a session pays for, so the one without settings of its own (they are a fourth of
 -- its cost). The search_path is the caller's, so nothing in here may depend on it: every name, operator and type is
--- qualified; what cannot be (IN, LIKE, IS DISTINCT FROM, CASE x WHEN) is not used. Under row_security = off, where a
--- hidden match is an error, the users are marked instead. Few and short conditions, and one statement: each is made
--- ready anew in every transaction. The constants of type regclass have an expression made anew when the host alters a
--- column's type, where a session that has used it before would else fail.
+-- qualified; what cannot be (IN, LIKE, IS DISTINCT FROM, CASE x WHEN) is not used. Few and short conditions: each is
+-- made ready anew in every transaction. The constants of type regclass have an expression made anew when the host
+-- alters a column's type, where a session that has used it before would else fail.
 create function reputation.session_changed() returns trigger
 language plpgsql
 volatile
@@ -200,43 +219,28 @@ begin
             or old.status::pg_catalog.text
                 operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
         ) is not true
-        or pg_catalog.current_setting('row_security') operator(pg_catalog.=) 'off'
         or 'public.wingman_sessions'::pg_catalog.regclass is null
     then
-        if new.match_id operator(pg_catalog.<>) old.match_id
-            or new.id operator(pg_catalog.<>) old.id
-            or new.status::pg_catalog.text
-                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
-            or old.status::pg_catalog.text
-                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
-            or 'public.wingman_sessions'::pg_catalog.regclass is null
-        then
-            -- Verdicts and rewritten matches in other open transactions were resolved without knowing of a move.
+        if new.match_id operator(pg_catalog.<>) old.match_id or new.id operator(pg_catalog.<>) old.id then
+            -- A verdict that is being recorded knows the session as it was.
             perform reputation.mark_matches(array[old.match_id, new.match_id]);
         end if;
         return null;
     end if;
     insert into reputation.changes (
-        user1_id, user2_id, session_id, recount,
-        old_status, old_confirmed1, old_confirmed2,
-        new_status, new_confirmed1, new_confirmed2
+        match_id, session_id, old_status, old_confirmed1, old_confirmed2, new_status, new_confirmed1, new_confirmed2
     )
     select
-        match.user1_id, match.user2_id, coalesce(new.id, old.id), false,
+        coalesce(new.match_id, old.match_id), coalesce(new.id, old.id),
         old.status, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
         new.status, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
-    from public.wingman_matches as match
-    where match.id operator(pg_catalog.=) coalesce(new.match_id, old.match_id)
-        and 'public.wingman_sessions'::pg_catalog.regclass is not null;
-    if not found and pg_catalog.row_security_active('public.wingman_matches'::pg_catalog.regclass) then
-        insert into reputation.changes default values;
-    end if;
+    where 'public.wingman_sessions'::pg_catalog.regclass is not null;
     return null;
 end
 $$;
 
--- A match's users were rewritten, or it was deleted. Its sessions may be changing in transactions that see the old
--- users, so differences would be wrong: everybody concerned is counted again, when those transactions have ended.
+-- A match's users were rewritten, or it was deleted: everybody concerned is counted again, when the transactions of the
+-- time have ended.
 create function reputation.match_changed() returns trigger
 language plpgsql
 volatile
@@ -249,10 +253,10 @@ begin
         or new.user1_id is distinct from old.user1_id
         or new.user2_id is distinct from old.user2_id
     then
-        insert into reputation.changes (user1_id, user2_id)
-        select pair.user1_id, pair.user2_id
-        from (values (old.user1_id, old.user2_id), (new.user1_id, new.user2_id)) as pair (user1_id, user2_id)
-        where pair.user1_id is not null;
+        insert into reputation.marks (user_id)
+        select distinct side.user_id
+        from (values (old.user1_id), (old.user2_id), (new.user1_id), (new.user2_id)) as side (user_id)
+        where side.user_id is not null;
     end if;
     return null;
 end
@@ -267,7 +271,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if new.id is distinct from old.id then
-        insert into reputation.changes (user1_id)
+        insert into reputation.marks (user_id)
         select one.user_id
         from (values (old.id), (new.id)) as one (user_id)
         where one.user_id is not null;
@@ -306,35 +310,30 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    insert into reputation.changes default values;
+    insert into reputation.marks default values;
     return null;
 end
 $$;
 
 -- Whether every trigger on the host's tables is there and fires always. One that was disabled and enabled again fires
 -- only at the origin: what happened in between is unknown, so that counts as missing until `migrate` puts it right.
-create function reputation.tracked() returns boolean
-language plpgsql
+-- One row; no definer of its own, so that it becomes a part of the query that asks.
+create function reputation.tracked() returns table (tracked boolean)
+language sql
 stable
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
 as $$
-begin
-    return (
-        select pg_catalog.count(*) = 11
-        from pg_catalog.pg_trigger as ours
-        where ours.tgrelid in (
-                'public.user_profiles'::regclass, 'public.wingman_matches'::regclass, 'public.wingman_sessions'::regclass
-            )
-            and ours.tgname like 'goodstanding\_%'
-            and ours.tgenabled = 'A'
-    );
-end
+    select pg_catalog.count(*) = 11
+    from pg_catalog.pg_trigger as ours
+    where ours.tgrelid in (
+            'public.user_profiles'::pg_catalog.regclass, 'public.wingman_matches'::pg_catalog.regclass, 'public.wingman_sessions'::pg_catalog.regclass
+        )
+        and ours.tgname like 'goodstanding\_%'
+        and ours.tgenabled = 'A'
 $$;
 
 -- The exact counts of every known user of the list at the statement's snapshot; an unknown user has no row.
 -- Stable, so that every query in here has the caller's snapshot: tally and changes always belong together.
+-- The changes of a user with few matches are looked up by these; whoever has many looks at all changes that wait.
 create function reputation.read_counts(
     user_ids uuid[],
     completed_rule text,
@@ -355,51 +354,98 @@ set jit = off
 as $$
 declare
     present bigint; -- the version that a tally must have; null when no tally can answer
+    few constant integer := 50; -- matches
     recounted uuid[] := read_counts.user_ids;
+    changing uuid[] := '{}';
     answered record;
 begin
     select policy.version into present
     from reputation.policy
+    cross join reputation.tracked() as triggers
     where policy.the_only
+        and triggers.tracked
         and policy.completed_rule = read_counts.completed_rule
         and policy.unattributed_no_show = read_counts.unattributed_no_show
         and policy.unattributed_cancelled = read_counts.unattributed_cancelled
         and not exists (
-            select from reputation.changes as everybody
-            where everybody.user1_id is null and everybody.recount
+            select from reputation.marks as everybody where everybody.user_id is null and everybody.recount
         );
-    if present is not null and reputation.tracked() then
+    if present is not null then
         recounted := '{}';
         for answered in
             select
                 known.id,
-                tally.completed + pending.completed as completed,
-                tally.no_shows + pending.no_shows as no_shows,
-                tally.user_id is not null and pending.certain as certain
+                tally.completed,
+                tally.no_shows,
+                tally.user_id is not null and marked.mark is null and folded.mark is null as tallied,
+                case
+                    when pg_catalog.cardinality(theirs.matches) > few then exists (select from reputation.changes)
+                    else exists (
+                        select from reputation.changes as change where change.match_id = any (theirs.matches)
+                    )
+                end as changing
             from public.user_profiles as known
-            left join reputation.tallies as tally
-                on tally.user_id = known.id
-                and tally.policy_version = present
-                and not exists (select from reputation.recounts as later where later.user_id = known.id)
+            left join reputation.tallies as tally on tally.user_id = known.id and tally.policy_version = present
             left join lateral (
-                select
-                    coalesce(pg_catalog.sum(effect.completed), 0) as completed,
-                    coalesce(pg_catalog.sum(effect.no_shows), 0) as no_shows,
-                    pg_catalog.count(*) filter (where effect.recount) = 0 as certain
-                from reputation.effects as effect
-                where effect.user_id = known.id
-            ) as pending on tally.user_id is not null
+                select 1 as mark from reputation.marks where marks.user_id = known.id and marks.recount limit 1
+            ) as marked on true
+            left join lateral (
+                select 1 as mark from reputation.recounts where recounts.user_id = known.id limit 1
+            ) as folded on true
+            left join lateral (
+                select array(
+                    select as_user1.id from public.wingman_matches as as_user1 where as_user1.user1_id = known.id
+                    union all
+                    select as_user2.id from public.wingman_matches as as_user2 where as_user2.user2_id = known.id
+                    limit few + 1
+                ) as matches
+                offset 0 -- a fence: looked up once, not once per use
+            ) as theirs on true
             where known.id = any (read_counts.user_ids)
         loop
-            if answered.certain then
-                user_id := answered.id;
-                completed := answered.completed;
-                no_shows := answered.no_shows;
-                return next;
-            else
+            user_id := answered.id;
+            completed := answered.completed;
+            no_shows := answered.no_shows;
+            if not answered.tallied then
                 recounted := recounted || answered.id;
+            elsif answered.changing then
+                changing := changing || answered.id;
+            else
+                return next;
             end if;
         end loop;
+    end if;
+    if changing <> '{}' then
+        return query
+        select
+            tally.user_id,
+            tally.completed + coalesce(pending.completed, 0),
+            tally.no_shows + coalesce(pending.no_shows, 0)
+        from reputation.tallies as tally
+        cross join lateral (
+            select array(
+                select as_user1.id from public.wingman_matches as as_user1 where as_user1.user1_id = tally.user_id
+                union all
+                select as_user2.id from public.wingman_matches as as_user2 where as_user2.user2_id = tally.user_id
+                limit few + 1
+            ) as matches
+            offset 0
+        ) as theirs
+        cross join lateral (
+            select pg_catalog.sum(effect.completed) as completed, pg_catalog.sum(effect.no_shows) as no_shows
+            from (
+                select by_match.completed, by_match.no_shows
+                from reputation.effects() as by_match
+                where pg_catalog.cardinality(theirs.matches) <= few
+                    and by_match.match_id = any (theirs.matches)
+                    and by_match.user_id = tally.user_id
+                union all
+                select of_all.completed, of_all.no_shows
+                from reputation.effects() as of_all
+                where pg_catalog.cardinality(theirs.matches) > few and of_all.user_id = tally.user_id
+            ) as effect
+        ) as pending
+        where tally.user_id = any (changing);
     end if;
     if recounted <> '{}' then
         return query
@@ -503,8 +549,7 @@ begin
 end
 $$;
 
--- Fold `batch` pending changes, in rounds through the users, and as many of those that concern everybody or begin the
--- next round, into the tallies; say whose counts they concern.
+-- Fold `batch` pending changes, in rounds through the matches, and as many marks; say whose counts they concern.
 -- Call it in a transaction of its own, READ COMMITTED, and commit when nobody can still serve what was known before:
 -- until then every read sees the changes as pending. everybody: some concerned all users.
 create function reputation.fold(batch integer)
@@ -523,12 +568,13 @@ as $$
 declare
     state reputation.upkeep;
     chosen tid[];
+    chosen_marks tid[];
     again boolean;
 begin
     if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
         raise exception using errcode = 'GS001', message = 'reputation.fold needs READ COMMITTED: it looks again after it waited';
     end if;
-    if not exists (select from reputation.changes) then
+    if not reputation.pending() then
         return query select 0::bigint, false, '{}'::uuid[], null::timestamptz;
         return;
     end if;
@@ -537,65 +583,67 @@ begin
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     chosen := array(
         select ahead.ctid from reputation.changes as ahead
-        where ahead.user1_id >= state.folded_to
-        order by ahead.user1_id
+        where ahead.match_id >= state.folded_to
+        order by ahead.match_id
         limit greatest(1, fold.batch)
     );
     if pg_catalog.cardinality(chosen) = greatest(1, fold.batch) then
-        update reputation.upkeep set folded_to = last.user1_id
+        update reputation.upkeep set folded_to = last.match_id
         from reputation.changes as last
         where upkeep.the_only and last.ctid = chosen[pg_catalog.cardinality(chosen)];
     elsif state.folded_to <> '00000000-0000-0000-0000-000000000000' then
         update reputation.upkeep set folded_to = default where upkeep.the_only;
     end if;
-    chosen := chosen
-        || array(
-            select behind.ctid from reputation.changes as behind
-            where behind.user1_id < state.folded_to
-            order by behind.user1_id
-            limit greatest(1, fold.batch) - pg_catalog.cardinality(chosen)
-        )
-        || array(
-            select everybodys.ctid from reputation.changes as everybodys
-            where everybodys.user1_id is null
-            limit greatest(1, fold.batch)
-        );
+    chosen := chosen || array(
+        select behind.ctid from reputation.changes as behind
+        where behind.match_id < state.folded_to
+        order by behind.match_id
+        limit greatest(1, fold.batch) - pg_catalog.cardinality(chosen)
+    );
+    chosen_marks := array(
+        select mark.ctid from reputation.marks as mark order by mark.user_id desc limit greatest(1, fold.batch)
+    );
     with summed as materialized (
         select
             effect.user_id,
             pg_catalog.sum(effect.completed) as completed,
-            pg_catalog.sum(effect.no_shows) as no_shows,
-            pg_catalog.bool_or(effect.recount) as marked,
-            pg_catalog.min(effect.changed_at) as oldest
-        from reputation.effects as effect
+            pg_catalog.sum(effect.no_shows) as no_shows
+        from reputation.effects() as effect
         where effect.change = any (chosen)
         group by effect.user_id
     ),
     taken as (
-        delete from reputation.changes as change where change.ctid = any (chosen)
+        delete from reputation.changes as change where change.ctid = any (chosen) returning change.changed_at
+    ),
+    marked as (
+        delete from reputation.marks as mark where mark.ctid = any (chosen_marks)
+        returning mark.user_id, mark.recount, mark.changed_at
     ),
     added as (
         update reputation.tallies as tally
         set completed = tally.completed + summed.completed, no_shows = tally.no_shows + summed.no_shows
         from summed
-        where tally.user_id = summed.user_id
-            and not summed.marked
-            and (summed.completed <> 0 or summed.no_shows <> 0)
+        where tally.user_id = summed.user_id and (summed.completed <> 0 or summed.no_shows <> 0)
     ),
-    marked as (
+    lasting as (
         -- The barrier of the next generation is raised later than now, so after the marks' own transactions ended.
         insert into reputation.recounts as later (user_id, generation)
-        select summed.user_id, state.generation + 1 from summed where summed.marked and summed.user_id is not null
+        select distinct marked.user_id, state.generation + 1
+        from marked
+        where marked.recount and marked.user_id is not null
         on conflict on constraint recounts_pkey do update set generation = excluded.generation
     )
     select
-        pg_catalog.cardinality(chosen),
-        coalesce(pg_catalog.bool_or(summed.user_id is null), false),
-        coalesce(pg_catalog.array_agg(summed.user_id) filter (where summed.user_id is not null), '{}'),
-        pg_catalog.min(summed.oldest),
-        coalesce(pg_catalog.bool_or(summed.user_id is null and summed.marked), false)
-    into folded, everybody, user_ids, oldest, again
-    from summed;
+        pg_catalog.cardinality(chosen) + pg_catalog.cardinality(chosen_marks),
+        exists (select from marked where marked.user_id is null),
+        array(
+            select summed.user_id from summed
+            union
+            select marked.user_id from marked where marked.user_id is not null
+        ),
+        least((select min(taken.changed_at) from taken), (select min(marked.changed_at) from marked)),
+        exists (select from marked where marked.user_id is null and marked.recount)
+    into folded, everybody, user_ids, oldest, again;
     if again then
         update reputation.policy set version = policy.version + 1 where policy.the_only;
         update reputation.upkeep set counting = true, counted_to = null where upkeep.the_only;
@@ -616,7 +664,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
 begin
-    return exists (select from reputation.changes);
+    return exists (select from reputation.changes) or exists (select from reputation.marks);
 end
 $$;
 
@@ -704,14 +752,28 @@ begin
     included as (
         update reputation.changes as change
         set
-            included1 = change.included1 or change.user1_id = any (chosen || next_in_turn),
-            included2 = change.included2 or change.user2_id = any (chosen || next_in_turn)
-        where not change.recount
-            and change.ctid = any (array(
-                select as_user1.ctid from reputation.changes as as_user1 join due on due.user_id = as_user1.user1_id
+            included1 = change.included1 or theirs.as_user1,
+            included2 = change.included2 or theirs.as_user2
+        from (
+            select
+                one.change,
+                pg_catalog.bool_or(one.number = 1) as as_user1,
+                pg_catalog.bool_or(one.number = 2) as as_user2
+            from (
+                select waits.ctid as change, 1 as number
+                from due
+                join public.wingman_matches as match on match.user1_id = due.user_id
+                join reputation.changes as waits on waits.match_id = match.id
                 union all
-                select as_user2.ctid from reputation.changes as as_user2 join due on due.user_id = as_user2.user2_id
-            ))
+                select waits.ctid, 2
+                from due
+                join public.wingman_matches as match on match.user2_id = due.user_id
+                join reputation.changes as waits on waits.match_id = match.id
+            ) as one
+            where exists (select from reputation.changes)
+            group by one.change
+        ) as theirs
+        where change.ctid = theirs.change
     ),
     written as (
         insert into reputation.tallies as tally (user_id, completed, no_shows, policy_version)
@@ -764,7 +826,7 @@ begin
     where policy.the_only;
     update reputation.upkeep set counting = true, counted_to = null where upkeep.the_only;
     -- No mark: everybody is being counted as it is, and everybody's cached reputation is to be dropped.
-    insert into reputation.changes (recount) values (false);
+    insert into reputation.marks (recount) values (false);
 end
 $$;
 
@@ -781,7 +843,7 @@ as $$
 begin
     return query
     select
-        reputation.tracked(),
+        (select triggers.tracked from reputation.tracked() as triggers),
         exists (
             select from reputation.policy
             where policy.completed_rule = status.completed_rule
@@ -790,7 +852,7 @@ begin
         ),
         upkeep.counting,
         exists (select from reputation.recounts),
-        exists (select from reputation.changes)
+        reputation.pending()
     from reputation.upkeep;
 end
 $$;
