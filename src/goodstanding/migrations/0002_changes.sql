@@ -357,6 +357,7 @@ declare
     few constant integer := 50; -- matches
     recounted uuid[] := read_counts.user_ids;
     changing uuid[] := '{}';
+    with_many uuid[] := '{}';
     answered record;
 begin
     select policy.version into present
@@ -378,8 +379,13 @@ begin
                 tally.completed,
                 tally.no_shows,
                 tally.user_id is not null and marked.mark is null and folded.mark is null as tallied,
+                pg_catalog.cardinality(theirs.matches) > few as many,
                 case
-                    when pg_catalog.cardinality(theirs.matches) > few then exists (select from reputation.changes)
+                    when pg_catalog.cardinality(theirs.matches) > few then exists (
+                        select from reputation.changes as change
+                        join public.wingman_matches as match on match.id = change.match_id
+                        where known.id in (match.user1_id, match.user2_id)
+                    )
                     else exists (
                         select from reputation.changes as change where change.match_id = any (theirs.matches)
                     )
@@ -410,6 +416,9 @@ begin
                 recounted := recounted || answered.id;
             elsif answered.changing then
                 changing := changing || answered.id;
+                if answered.many then
+                    with_many := with_many || answered.id;
+                end if;
             else
                 return next;
             end if;
@@ -423,27 +432,25 @@ begin
             tally.no_shows + coalesce(pending.no_shows, 0)
         from reputation.tallies as tally
         cross join lateral (
-            select array(
-                select as_user1.id from public.wingman_matches as as_user1 where as_user1.user1_id = tally.user_id
-                union all
-                select as_user2.id from public.wingman_matches as as_user2 where as_user2.user2_id = tally.user_id
-                limit few + 1
-            ) as matches
+            select case
+                when tally.user_id = any (with_many) then array(
+                    select match.id
+                    from reputation.changes as change
+                    join public.wingman_matches as match on match.id = change.match_id
+                    where tally.user_id in (match.user1_id, match.user2_id)
+                )
+                else array(
+                    select as_user1.id from public.wingman_matches as as_user1 where as_user1.user1_id = tally.user_id
+                    union all
+                    select as_user2.id from public.wingman_matches as as_user2 where as_user2.user2_id = tally.user_id
+                )
+            end as matches
             offset 0
         ) as theirs
         cross join lateral (
             select pg_catalog.sum(effect.completed) as completed, pg_catalog.sum(effect.no_shows) as no_shows
-            from (
-                select by_match.completed, by_match.no_shows
-                from reputation.effects() as by_match
-                where pg_catalog.cardinality(theirs.matches) <= few
-                    and by_match.match_id = any (theirs.matches)
-                    and by_match.user_id = tally.user_id
-                union all
-                select of_all.completed, of_all.no_shows
-                from reputation.effects() as of_all
-                where pg_catalog.cardinality(theirs.matches) > few and of_all.user_id = tally.user_id
-            ) as effect
+            from reputation.effects() as effect
+            where effect.match_id = any (theirs.matches) and effect.user_id = tally.user_id
         ) as pending
         where tally.user_id = any (changing);
     end if;
