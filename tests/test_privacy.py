@@ -264,11 +264,10 @@ async def test_a_writer_with_shadow_objects_runs_none_of_them_as_the_owner(datab
     async with connect(database.superuser_url) as admin:
         await admin.execute("create schema evil")
         await admin.execute(EVIL)
-        await command(admin, "grant service_role to %I", SERVICE)
         await admin.execute("grant all on schema evil to public")
         await admin.execute("grant all on all tables in schema evil to public")
     async with (
-        connect(database.service_url) as writer,
+        connect(database.superuser_url) as writer,
         connect(database.service_url) as reader,
         database.owner() as owner,
     ):
