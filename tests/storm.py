@@ -425,10 +425,16 @@ CALM: Final = [
     for operation, weight in _FREQUENCIES
 ]
 MILD: Final = [max(calm, weight / 30) for calm, weight in zip(CALM, WILD, strict=True)]
-# For a while sessions end, or move, while they are judged.
-JUDGED: Final = [{change_status: 200, attribute: 20}.get(operation, weight / 100) for operation, weight in _FREQUENCIES]
-MOVED: Final = [
-    {change_status: 200, move_session: 200, attribute: 40}.get(operation, weight / 100)
-    for operation, weight in _FREQUENCIES
-]
-WEATHERS: Final[Sequence[Sequence[float]]] = (WILD, MILD, JUDGED, MOVED, CALM)
+
+
+def mostly(**weights: float) -> list[float]:
+    """Let these happen, and everything else once in a while."""
+    return [weights.get(operation.__name__, weight / 100) for operation, weight in _FREQUENCIES]
+
+
+# For a while sessions end, move, go and come again while they are judged; matches are rewritten while their sessions
+# end, or go and come again.
+JUDGED: Final = mostly(change_status=60, attribute=60, move_session=60, copy_sessions=60)
+REWRITTEN: Final = mostly(change_status=200, rewrite_match=100)
+RETURNING: Final = mostly(change_status=100, insert_session=100, insert_match=80, delete_match=40)
+WEATHERS: Final[Sequence[Sequence[float]]] = (WILD, MILD, JUDGED, RETURNING, REWRITTEN, CALM)

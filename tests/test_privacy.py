@@ -29,7 +29,6 @@ QUALIFIED = re.compile(r"(pg_catalog|reputation|public)\.\w+$")
 TRIGGERS = {
     "reputation.attributed()",
     "reputation.everybody_changed()",
-    "reputation.mark_matches(uuid[])",
     "reputation.match_changed()",
     "reputation.session_changed()",
     "reputation.user_changed()",
@@ -228,10 +227,6 @@ end
 $$;
 create operator evil.= (leftarg = varchar, rightarg = varchar, function = evil.trap);
 create operator evil.<> (leftarg = varchar, rightarg = varchar, function = evil.trap);
-create function evil.row_security_active(oid) returns boolean language plpgsql as
-    $$ begin raise exception 'ran as %', current_user; end $$;
-create function evil.mark_matches(uuid[]) returns void language plpgsql as
-    $$ begin raise exception 'ran as %', current_user; end $$;
 create table evil.wingman_matches (id uuid, user1_id uuid, user2_id uuid);
 create table evil.changes (user_id uuid);
 create type evil.text as enum ('x');

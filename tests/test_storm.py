@@ -6,7 +6,7 @@ import secrets
 import pytest
 
 from .conftest import Database, connect
-from .storm import JUDGED, MOVED, WEATHERS, DifferenceError, Storm
+from .storm import JUDGED, RETURNING, REWRITTEN, WEATHERS, DifferenceError, Storm
 
 SECONDS = float(os.environ.get("GOODSTANDING_STORM_SECONDS", "8"))
 SEED = int(os.environ.get("GOODSTANDING_STORM_SEED", secrets.randbelow(2**31)))
@@ -41,33 +41,31 @@ async def replaced(database: Database, function: str, right: str, wrong: str) ->
 # What is planted: a function, and what is replaced by what in it.
 PLANTED = {
     "a mark waits for no transaction": ("reputation.running()", "and held.granted", "and false"),
-    "a verdict marks whom it can concern now": (
+    "a verdict marks whoever is in its session when it is written": (
         "reputation.attributed()",
-        "where session.id = new.session_id",
-        "where session.id = new.session_id and session.status::text in ('no_show', 'cancelled')",
-    ),
-    "a moved session is a difference": (
-        "reputation.session_changed()",
-        "perform reputation.mark_matches(array[old.match_id, new.match_id]);",
+        "insert into reputation.marks (session_id) values (new.session_id);",
         """
-        insert into reputation.changes (
-            match_id, session_id, old_status, old_confirmed1, old_confirmed2, new_status, new_confirmed1, new_confirmed2
-        )
-        values
-            (
-                old.match_id, old.id,
-                old.status::text, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1,
-                null, null, null
-            ),
-            (
-                new.match_id, new.id, null, null, null,
-                new.status::text, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
-            );""",
+        insert into reputation.marks (user_id)
+        select side.user_id
+        from public.wingman_sessions as session
+        join public.wingman_matches as match on match.id = session.match_id
+        cross join lateral (values (match.user1_id), (match.user2_id)) as side (user_id)
+        where session.id = new.session_id;""",
+    ),
+    "a verdict marks nobody who had its session": (
+        "reputation.fold(integer)",
+        "where exists (select from judged)",
+        "where false and exists (select from judged)",
+    ),
+    "a match that comes again marks nobody": (
+        "reputation.match_changed()",
+        "and not exists (select from reputation.changes as pending where pending.match_id = new.id)",
+        "",
     ),
     "a deleted match marks nobody": (
         "reputation.match_changed()",
-        "if tg_op = 'DELETE'",
-        "if tg_op = 'DELETE' then return null; end if; if false",
+        "if tg_op = 'INSERT'",
+        "if tg_op = 'DELETE' then return null; end if; if tg_op = 'INSERT'",
     ),
     "a rewritten match marks its new users alone": (
         "reputation.match_changed()",
@@ -89,9 +87,10 @@ PLANTED = {
 
 # These need a fold between two transactions on one session, so they are looked for where that happens most.
 RARE = {
-    "a mark waits for no transaction": (MOVED,),
-    "a verdict marks whom it can concern now": (JUDGED,),
-    "a moved session is a difference": (MOVED,),
+    "a mark waits for no transaction": (REWRITTEN,),
+    "a verdict marks whoever is in its session when it is written": (JUDGED,),
+    "a verdict marks nobody who had its session": (JUDGED,),
+    "a match that comes again marks nobody": (RETURNING,),
 }
 
 

@@ -38,11 +38,14 @@ create table reputation.changes (
 );
 create index changes_match on reputation.changes (match_id);
 
--- Appended in the same way, where no difference would be right: count this user again; null: everybody.
+-- Appended in the same way, where no difference would be right: count again this user, or whoever is in this session;
+-- neither: everybody. Whose session it is, is found by who folds the mark: so a verdict holds wherever its session has
+-- gone by then. Until then everybody is recounted, as long as the next fold takes.
 -- recount: false when nobody is to be counted, and only what is cached is to be forgotten.
 create table reputation.marks (
     changed_at timestamptz not null default clock_timestamp(),
     user_id uuid,
+    session_id uuid,
     recount boolean not null default true
 );
 create index marks_user on reputation.marks (user_id);
@@ -160,32 +163,8 @@ as $$
 $$;
 
 -- The triggers' functions run in the host's own statements, so nothing in them may fail or wait: they insert, and read
--- by index where they must. Those have row_security on, where everything else has it off: should the host put these
--- tables' owner under policies too (FORCE ROW LEVEL SECURITY), a match may be hidden from us, and that must not become
--- the writer's error. Everybody is then marked. That nothing changes is found in here: a trigger with a WHEN clause on
--- columns would make the host's ALTER TABLE on them fail.
-
--- Mark everybody who is in one of these matches.
-create function reputation.mark_matches(match_ids uuid[]) returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = on
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-as $$
-begin
-    insert into reputation.marks (user_id)
-    select side.user_id
-    from public.wingman_matches as match
-    cross join lateral (values (match.user1_id), (match.user2_id)) as side (user_id)
-    where match.id = any (mark_matches.match_ids);
-    if not found and pg_catalog.row_security_active('public.wingman_matches'::regclass) then
-        insert into reputation.marks default values;
-    end if;
-end
-$$;
+-- nothing of the host's. That nothing changes is found in here: a trigger with a WHEN clause on columns would make the
+-- host's ALTER TABLE on them fail.
 
 -- A session was inserted, updated or deleted: append what it was and what it is. In an INSERT every field of OLD is
 -- null, in a DELETE every one of NEW.
@@ -211,20 +190,26 @@ begin
     then
         return null;
     end if;
-    if new.match_id operator(pg_catalog.<>) old.match_id
-        or new.id operator(pg_catalog.<>) old.id
-        or (
-            new.status::pg_catalog.text
-                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
-            or old.status::pg_catalog.text
-                operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
-        ) is not true
+    if (
+        new.status::pg_catalog.text operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+        or old.status::pg_catalog.text operator(pg_catalog.=) any ('{completed,no_show,cancelled}'::pg_catalog.text[])
+    ) is not true
         or 'public.wingman_sessions'::pg_catalog.regclass is null
     then
-        if new.match_id operator(pg_catalog.<>) old.match_id or new.id operator(pg_catalog.<>) old.id then
-            -- A verdict that is being recorded knows the session as it was.
-            perform reputation.mark_matches(array[old.match_id, new.match_id]);
-        end if;
+        return null;
+    end if;
+    if new.match_id operator(pg_catalog.<>) old.match_id or new.id operator(pg_catalog.<>) old.id then
+        -- Moved, or given another id: gone there, come here.
+        insert into reputation.changes (match_id, session_id, old_status, old_confirmed1, old_confirmed2)
+        select
+            old.match_id, old.id,
+            old.status, old.user1_completed_confirmed_by_user2, old.user2_completed_confirmed_by_user1
+        where 'public.wingman_sessions'::pg_catalog.regclass is not null;
+        insert into reputation.changes (match_id, session_id, new_status, new_confirmed1, new_confirmed2)
+        select
+            new.match_id, new.id,
+            new.status, new.user1_completed_confirmed_by_user2, new.user2_completed_confirmed_by_user1
+        where 'public.wingman_sessions'::pg_catalog.regclass is not null;
         return null;
     end if;
     insert into reputation.changes (
@@ -239,25 +224,33 @@ begin
 end
 $$;
 
--- A match's users were rewritten, or it was deleted: everybody concerned is counted again, when the transactions of the
--- time have ended.
+-- A match was inserted, its users were rewritten, or it was deleted: everybody concerned is counted again, when the
+-- transactions of the time have ended. For an ordinary new match that is nobody. But one may come again under the id of
+-- one that was deleted, while changes of that one's sessions are pending; and what is pending cannot be told by an old
+-- snapshot, nor where sessions may come before their match.
 create function reputation.match_changed() returns trigger
 language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 begin
-    if tg_op = 'DELETE'
-        or new.id is distinct from old.id
-        or new.user1_id is distinct from old.user1_id
-        or new.user2_id is distinct from old.user2_id
+    if tg_op = 'INSERT'
+        and pg_catalog.current_setting('transaction_isolation') = 'read committed'
+        and pg_catalog.current_setting('session_replication_role') = 'origin'
+        and not exists (select from reputation.changes as pending where pending.match_id = new.id)
     then
-        insert into reputation.marks (user_id)
-        select distinct side.user_id
-        from (values (old.user1_id), (old.user2_id), (new.user1_id), (new.user2_id)) as side (user_id)
-        where side.user_id is not null;
+        return null;
+    elsif tg_op = 'UPDATE'
+        and (new.id, new.user1_id, new.user2_id) is not distinct from (old.id, old.user1_id, old.user2_id)
+    then
+        return null;
     end if;
+    insert into reputation.marks (user_id)
+    select distinct side.user_id
+    from (values (old.user1_id), (old.user2_id), (new.user1_id), (new.user2_id)) as side (user_id)
+    where side.user_id is not null;
     return null;
 end
 $$;
@@ -280,27 +273,21 @@ begin
 end
 $$;
 
--- A verdict was recorded. The tally may have the session as it was judged before, and a fold that does not see the
--- verdict may be adding it right now.
+-- A verdict was recorded: a tally may have the session as it was judged before.
 create function reputation.attributed() returns trigger
 language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set row_security = on
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
 as $$
 begin
-    perform reputation.mark_matches(
-        array(select session.match_id from public.wingman_sessions as session where session.id = new.session_id)
-    );
+    insert into reputation.marks (session_id) values (new.session_id);
     return null;
 end
 $$;
-create trigger marks_users after insert on reputation.attributions
+create trigger marks_session after insert on reputation.attributions
     for each row execute function reputation.attributed();
-alter table reputation.attributions enable always trigger marks_users;
+alter table reputation.attributions enable always trigger marks_session;
 
 -- One of the host's tables was emptied.
 create function reputation.everybody_changed() returns trigger
@@ -322,7 +309,7 @@ create function reputation.tracked() returns table (tracked boolean)
 language sql
 stable
 as $$
-    select pg_catalog.count(*) = 11
+    select pg_catalog.count(*) = 12
     from pg_catalog.pg_trigger as ours
     where ours.tgrelid in (
             'public.user_profiles'::pg_catalog.regclass, 'public.wingman_matches'::pg_catalog.regclass, 'public.wingman_sessions'::pg_catalog.regclass
@@ -608,7 +595,10 @@ begin
         limit greatest(1, fold.batch) - pg_catalog.cardinality(chosen)
     );
     chosen_marks := array(
-        select mark.ctid from reputation.marks as mark order by mark.user_id desc limit greatest(1, fold.batch)
+        select mark.ctid from reputation.marks as mark
+        where mark.session_id is null
+        order by mark.user_id desc
+        limit greatest(1, fold.batch)
     );
     with summed as materialized (
         select
@@ -626,6 +616,27 @@ begin
         delete from reputation.marks as mark where mark.ctid = any (chosen_marks)
         returning mark.user_id, mark.recount, mark.changed_at
     ),
+    -- All that this snapshot shows: it also shows their verdicts to `summed`.
+    judged as (
+        delete from reputation.marks as mark where mark.user_id is null and mark.session_id is not null
+        returning mark.session_id, mark.changed_at
+    ),
+    -- Who has such a session, and who had it when the tally was written.
+    concerned as materialized (
+        select distinct side.user_id
+        from (
+            select session.match_id
+            from judged
+            join public.wingman_sessions as session on session.id = judged.session_id
+            union
+            select change.match_id
+            from reputation.changes as change
+            where exists (select from judged)
+                and (change.session_id in (select judged.session_id from judged)) is true -- hashed, not joined
+        ) as theirs
+        join public.wingman_matches as match on match.id = theirs.match_id
+        cross join lateral (values (match.user1_id), (match.user2_id)) as side (user_id)
+    ),
     added as (
         update reputation.tallies as tally
         set completed = tally.completed + summed.completed, no_shows = tally.no_shows + summed.no_shows
@@ -635,20 +646,29 @@ begin
     lasting as (
         -- The barrier of the next generation is raised later than now, so after the marks' own transactions ended.
         insert into reputation.recounts as later (user_id, generation)
-        select distinct marked.user_id, state.generation + 1
-        from marked
-        where marked.recount and marked.user_id is not null
+        select later_on.user_id, state.generation + 1
+        from (
+            select marked.user_id from marked where marked.recount and marked.user_id is not null
+            union
+            select concerned.user_id from concerned
+        ) as later_on
         on conflict on constraint recounts_pkey do update set generation = excluded.generation
     )
     select
-        pg_catalog.cardinality(chosen) + pg_catalog.cardinality(chosen_marks),
+        pg_catalog.cardinality(chosen) + pg_catalog.cardinality(chosen_marks) + (select count(*) from judged),
         exists (select from marked where marked.user_id is null),
         array(
             select summed.user_id from summed
             union
             select marked.user_id from marked where marked.user_id is not null
+            union
+            select concerned.user_id from concerned
         ),
-        least((select min(taken.changed_at) from taken), (select min(marked.changed_at) from marked)),
+        least(
+            (select min(taken.changed_at) from taken),
+            (select min(marked.changed_at) from marked),
+            (select min(judged.changed_at) from judged)
+        ),
         exists (select from marked where marked.user_id is null and marked.recount)
     into folded, everybody, user_ids, oldest, again;
     if again then

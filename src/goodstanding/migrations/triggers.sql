@@ -17,6 +17,8 @@ create or replace trigger goodstanding_session_deleted after delete on public.wi
 create or replace trigger goodstanding_sessions_truncated after truncate on public.wingman_sessions
     for each statement execute function reputation.everybody_changed();
 
+create or replace trigger goodstanding_match_inserted after insert on public.wingman_matches
+    for each row execute function reputation.match_changed();
 create or replace trigger goodstanding_match_updated after update on public.wingman_matches
     for each row execute function reputation.match_changed();
 create or replace trigger goodstanding_match_deleted after delete on public.wingman_matches
@@ -38,6 +40,7 @@ alter table public.wingman_sessions enable always trigger goodstanding_session_i
 alter table public.wingman_sessions enable always trigger goodstanding_session_updated;
 alter table public.wingman_sessions enable always trigger goodstanding_session_deleted;
 alter table public.wingman_sessions enable always trigger goodstanding_sessions_truncated;
+alter table public.wingman_matches enable always trigger goodstanding_match_inserted;
 alter table public.wingman_matches enable always trigger goodstanding_match_updated;
 alter table public.wingman_matches enable always trigger goodstanding_match_deleted;
 alter table public.wingman_matches enable always trigger goodstanding_matches_truncated;

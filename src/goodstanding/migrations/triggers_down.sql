@@ -8,6 +8,7 @@ drop trigger if exists goodstanding_session_inserted on public.wingman_sessions;
 drop trigger if exists goodstanding_session_updated on public.wingman_sessions;
 drop trigger if exists goodstanding_session_deleted on public.wingman_sessions;
 drop trigger if exists goodstanding_sessions_truncated on public.wingman_sessions;
+drop trigger if exists goodstanding_match_inserted on public.wingman_matches;
 drop trigger if exists goodstanding_match_updated on public.wingman_matches;
 drop trigger if exists goodstanding_match_deleted on public.wingman_matches;
 drop trigger if exists goodstanding_matches_truncated on public.wingman_matches;
