@@ -110,8 +110,7 @@ async def command(connection: "asyncpg.Connection[asyncpg.Record] | Connection",
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """Run PostgreSQL for the session; a test may pause or kill it."""
-    settings = {"max_prepared_transactions": "8"}
-    with Postgres(tmp_path_factory.mktemp("postgres"), durable=False, settings=settings) as server:
+    with Postgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
         yield server
 
 

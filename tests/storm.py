@@ -165,7 +165,7 @@ class Storm:
                 while True:
                     await tallies.fold(relay, 1000)
                     done = await tallies.recount(relay, 1000)
-                    if not done.waiting and not done.counting and not await tallies.pending(relay):
+                    if not done.users and not await tallies.pending(relay):
                         break
             for policy in POLICIES:
                 await compare(owner, policy)

@@ -22,6 +22,7 @@ from goodstanding.demo import Ending, Event, ending
 from goodstanding.embedded import Postgres, Server, Valkey
 from goodstanding.errors import ConfigurationError
 from tests.conftest import connect
+from tests.parts import eventually
 from tests.streaming import streaming
 
 pytestmark = pytest.mark.slow
@@ -214,7 +215,7 @@ async def test_the_history_is_spread_as_in_life(demonstration: Demo) -> None:
 
 async def test_the_service_logs_in_as_in_production(demonstration: Demo, client: httpx2.Client) -> None:
     """The service's connections belong to a mere member of goodstanding_service, the tables to no superuser."""
-    assert "ready" == client.get("/health/ready").json()["status"]
+    await eventually(lambda: client.get("/health/ready").json()["status"] == "ready")
     async with demonstration.database() as connection:
         used = await connection.fetch(
             "select distinct role.rolname, role.rolsuper or role.rolbypassrls as powerful,"

@@ -23,7 +23,7 @@ FUNCTIONS = {
     "reputation.recount(integer)",
     "reputation.status(text,text,text)",
 }
-SYNTAX = {"and", "any", "coalesce", "or"}
+SYNTAX = {"and", "any", "coalesce", "if", "or"}
 QUALIFIED = re.compile(r"(pg_catalog|reputation|public)\.\w+$")
 # These run inside the host's own statements.
 TRIGGERS = {
@@ -147,7 +147,7 @@ async def test_what_the_service_gets_is_ids_and_counts(database: Database) -> No
         ),
         "reputation.most_active(integer)": "SETOF uuid",
         "reputation.read_counts(uuid[],text,text,text)": "TABLE(user_id uuid, completed bigint, no_shows bigint)",
-        "reputation.recount(integer)": "TABLE(recounted integer, waiting boolean, counting boolean)",
+        "reputation.recount(integer)": "TABLE(recounted integer, counting boolean)",
         "reputation.status(text,text,text)": (
             "TABLE(tracked boolean, same_policy boolean, counting boolean, waiting boolean, pending boolean)"
         ),

@@ -6,7 +6,7 @@ import secrets
 import pytest
 
 from .conftest import Database, connect
-from .storm import JUDGED, RETURNING, REWRITTEN, WEATHERS, DifferenceError, Storm
+from .storm import JUDGED, RETURNING, WEATHERS, DifferenceError, Storm
 
 SECONDS = float(os.environ.get("GOODSTANDING_STORM_SECONDS", "8"))
 SEED = int(os.environ.get("GOODSTANDING_STORM_SEED", secrets.randbelow(2**31)))
@@ -40,7 +40,6 @@ async def replaced(database: Database, function: str, right: str, wrong: str) ->
 
 # What is planted: a function, and what is replaced by what in it.
 PLANTED = {
-    "a mark waits for no transaction": ("reputation.running()", "and held.granted", "and false"),
     "a verdict marks whoever is in its session when it is written": (
         "reputation.attributed()",
         "insert into reputation.marks (session_id) values (new.session_id);",
@@ -87,7 +86,6 @@ PLANTED = {
 
 # These need a fold between two transactions on one session, so they are looked for where that happens most.
 RARE = {
-    "a mark waits for no transaction": (REWRITTEN,),
     "a verdict marks whoever is in its session when it is written": (JUDGED,),
     "a verdict marks nobody who had its session": (JUDGED,),
     "a match that comes again marks nobody": (RETURNING,),

@@ -278,8 +278,7 @@ class Relay:
             if looked >= recount_due:
                 recounted = await ledger.recount(_USERS_A_RECOUNT)
                 USERS_RECOUNTED.inc(recounted.users)
-                busy = recounted.users or recounted.waiting or recounted.counting
-                recount_due = self._monotonic() + _RECOUNT_SECONDS[0 if busy else 1]
+                recount_due = self._monotonic() + _RECOUNT_SECONDS[0 if recounted.users else 1]
             await asyncio.sleep(self._poll_seconds)
 
     async def _fold(self, ledger: Ledger) -> bool:

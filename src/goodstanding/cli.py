@@ -286,8 +286,8 @@ def rebuild(
         settings = _settings(database_url=database_url)
         url, policy = settings.require_database(), settings.reputation_policy()
         if user_id is None:
-            if await tallies.rebuild(url, policy, report=_report):
-                _report("The tallies are rebuilt.")
+            await tallies.rebuild(url, policy, report=_report)
+            _report("The tallies are rebuilt.")
         else:
             await tallies.rebuild_user(url, parse_user_id(user_id), policy)
             _report("Every read counts this user again from now on, until the relay has renewed the tally.")

@@ -40,10 +40,9 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Recounted:
-    """What one recount did; `waiting`: some users' transactions still run; `counting`: more of everybody is left."""
+    """What one recount did: how many users (none: nobody is left); `counting`: more of everybody is left."""
 
     users: int
-    waiting: bool
     counting: bool
 
 
@@ -87,11 +86,10 @@ async def status(connection: "_Connection", policy: ReputationPolicy) -> TallySt
     return TallyStatus(*row)
 
 
-async def count_everybody(connection: "_Connection", say: Report) -> bool:
+async def count_everybody(connection: "_Connection", say: Report) -> None:
     """Count until everybody is counted, in small transactions: beside every load, and after an interruption the rest.
 
-    Several may do so at the same time, a relay among them. False when it is left to that, since nobody can be counted
-    yet.
+    Several may do so at the same time, a relay among them.
     """
     total = await connection.fetchval(QUERIES["how_many"])
     counted = 0
@@ -101,19 +99,15 @@ async def count_everybody(connection: "_Connection", say: Report) -> bool:
         counted += done.users
         if not done.counting:
             break
-        if done.waiting and not done.users:
-            say("transactions older than the triggers are running: the relay counts everybody when they have ended")
-            return False
         if time.monotonic() - told >= _PROGRESS_SECONDS:
             told = time.monotonic()
             say(f"counted {counted} of {total} users")
     if counted:
         say(f"counted {counted} users")
-    return True
 
 
-async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> bool:
-    """Let the tallies mean this policy, and count everybody, or leave that to the relay; as the host tables' owner.
+async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> None:
+    """Let the tallies mean this policy, and count everybody; as the host tables' owner.
 
     Reads are exact meanwhile, writers wait for nothing, and after an interruption a relay does the rest.
     Raises ConfigurationError, TemporarilyUnavailableError.
@@ -123,7 +117,7 @@ async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report
         await _require_triggers(connection, policy)
         await connection.execute(QUERIES["rebuild"], *policy.meaning)
         say("the tallies mean this policy from now on; counting everybody")
-        return await count_everybody(connection, say)
+        await count_everybody(connection, say)
 
 
 async def rebuild_user(database_url: str, user: UserId, policy: ReputationPolicy) -> None:

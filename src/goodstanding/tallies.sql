@@ -14,7 +14,7 @@ select folded, everybody, user_ids, oldest from reputation.fold($1::integer)
 
 -- name: recount
 -- Count again whoever is due.
-select recounted, waiting, counting from reputation.recount($1::integer)
+select recounted, counting from reputation.recount($1::integer)
 
 -- name: rebuild
 -- Let the tallies mean a policy, and have everybody counted again.

@@ -5,7 +5,7 @@
 -- A user is recounted while one of these holds:
 --   * there is no tally of the policy's present version (nobody counted the user yet, or everybody is to be recounted);
 --   * a mark of the user, or of everybody, is pending;
---   * the user is in reputation.recounts (the mark was folded, and the transactions it is about may still be running).
+--   * the user is in reputation.recounts (the mark was folded, and nobody has counted the user since).
 
 -- What the tallies mean; one row. A new version makes every tally void.
 create table reputation.policy (
@@ -74,25 +74,18 @@ create table reputation.tallies (
     policy_version bigint not null
 ) with (fillfactor = 80);
 
--- Users whose marks were folded. They are counted again when the barrier of that generation has passed (0: at once).
+-- Users whose marks were folded, and who are to be counted again.
 create table reputation.recounts (
-    user_id uuid primary key,
-    generation bigint not null
+    user_id uuid primary key
 );
-create index recounts_generation on reputation.recounts (generation);
 
 -- How far the upkeep of the tallies is; one row. Whoever changes tallies, recounts or the policy locks it first: fold,
 -- recount and rebuild happen one after the other, and each sees what the one before it did. No writer of the host's
 -- and no read ever touches it.
--- older: the transactions that were there before the triggers; nobody is counted while one of them runs.
--- generation: the newest barrier; waiting_for: the transactions that it still waits for (none: it has passed).
 -- counting: everybody is being counted, in the order of the ids; counted_to: up to here that is done.
 -- folded_to: the last match of the last full batch; the next one goes on from there, so nobody waits for two rounds.
 create table reputation.upkeep (
     the_only boolean primary key default true check (the_only),
-    older text[] not null default '{}',
-    generation bigint not null default 0,
-    waiting_for text[] not null default '{}',
     counting boolean not null default false,
     counted_to uuid,
     folded_to uuid not null default '00000000-0000-0000-0000-000000000000'
@@ -451,98 +444,6 @@ begin
 end
 $$;
 
--- The transactions of this database that are running now, ours aside: also those that have written nothing yet, whose
--- snapshot may be old already. Other databases and autovacuum cannot write the host's tables.
-create function reputation.running() returns text[]
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
-as $$
-begin
-    return array(
-        select held.virtualxid
-        from pg_catalog.pg_locks as held
-        where held.locktype = 'virtualxid'
-            and held.mode = 'ExclusiveLock'
-            and held.granted
-            and held.pid <> pg_catalog.pg_backend_pid()
-            and not exists (
-                select from pg_catalog.pg_stat_activity as elsewhere
-                where elsewhere.pid = held.pid
-                    and (
-                        elsewhere.datname <> pg_catalog.current_database()
-                        or elsewhere.datname is not null and elsewhere.usesysid is null
-                    )
-            )
-    );
-end
-$$;
-
--- Transactions prepared for a two-phase commit in this database: they run on without a process.
-create function reputation.prepared() returns text[]
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
-as $$
-begin
-    return array(
-        select 'prepared ' || two_phase.transaction
-        from pg_catalog.pg_prepared_xacts as two_phase
-        where two_phase.database = pg_catalog.current_database()
-    );
-end
-$$;
-
--- The transactions to wait for, so that everything that was there before now has ended. A transaction that is prepared
--- is among the prepared ones before it is no longer among the running ones, so the running ones are looked at first.
-create function reputation.unfinished() returns text[]
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
-as $$
-declare
-    unfinished text[] := reputation.running();
-begin
-    return unfinished || reputation.prepared();
-end
-$$;
-
--- What is left of a set of transactions that `unfinished` gave; empty when each of them has ended.
--- One that was running may have been prepared since. Which of them it is cannot be told, so when none of them is running
--- any more, all that are prepared at that moment are waited for.
-create function reputation.still_unfinished(transactions text[]) returns text[]
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set row_security = off
-as $$
-declare
-    were_running text[] := array(
-        select one.name from pg_catalog.unnest(transactions) as one (name) where one.name not like 'prepared %'
-    );
-    are_running text[];
-begin
-    if were_running <> '{}' then
-        are_running := array(
-            select pg_catalog.unnest(were_running) intersect select pg_catalog.unnest(reputation.running())
-        );
-        if are_running = '{}' then
-            return reputation.prepared();
-        end if;
-    end if;
-    return are_running || array(
-        select pg_catalog.unnest(transactions) intersect select pg_catalog.unnest(reputation.prepared())
-    );
-end
-$$;
-
 -- Fold `batch` pending changes, in rounds through the matches, and as many marks; say whose counts they concern.
 -- Call it in a transaction of its own, READ COMMITTED, and commit when nobody can still serve what was known before:
 -- until then every read sees the changes as pending. everybody: some concerned all users.
@@ -643,16 +544,12 @@ begin
         from summed
         where tally.user_id = summed.user_id and (summed.completed <> 0 or summed.no_shows <> 0)
     ),
-    lasting as (
-        -- The barrier of the next generation is raised later than now, so after the marks' own transactions ended.
-        insert into reputation.recounts as later (user_id, generation)
-        select later_on.user_id, state.generation + 1
-        from (
-            select marked.user_id from marked where marked.recount and marked.user_id is not null
-            union
-            select concerned.user_id from concerned
-        ) as later_on
-        on conflict on constraint recounts_pkey do update set generation = excluded.generation
+    due as (
+        insert into reputation.recounts (user_id)
+        select marked.user_id from marked where marked.recount and marked.user_id is not null
+        union
+        select concerned.user_id from concerned
+        on conflict on constraint recounts_pkey do nothing
     )
     select
         pg_catalog.cardinality(chosen) + pg_catalog.cardinality(chosen_marks) + (select count(*) from judged),
@@ -695,11 +592,11 @@ begin
 end
 $$;
 
--- Count at most `batch` users again: those whose barrier has passed, then the next in turn while everybody is counted.
--- recounted: how many; waiting: some are left whose transactions are still running; counting: more of everybody is left.
+-- Count at most `batch` users again: those whose marks were folded, then the next in turn while everybody is counted.
+-- recounted: how many; none: nobody is left; counting: more of everybody is left.
 -- Nobody's counts change by it, so nothing is to be invalidated: that is for the fold of the changes, which stay.
 create function reputation.recount(batch integer)
-returns table (recounted integer, waiting boolean, counting boolean)
+returns table (recounted integer, counting boolean)
 language plpgsql
 volatile
 security definer
@@ -714,7 +611,6 @@ as $$
 declare
     rules reputation.policy;
     state reputation.upkeep;
-    passed bigint;
     chosen uuid[];
     next_in_turn uuid[] := '{}';
 begin
@@ -724,35 +620,14 @@ begin
     if not exists (select from reputation.recounts)
         and not (select upkeep.counting from reputation.upkeep where upkeep.the_only)
     then
-        return query select 0, false, false;
+        return query select 0, false;
         return;
     end if;
     select upkeep.* into state from reputation.upkeep where upkeep.the_only for no key update;
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.* into strict rules from reputation.policy where policy.the_only;
 
-    state.older := reputation.still_unfinished(state.older);
-    if state.older <> '{}' then
-        update reputation.upkeep set older = state.older where upkeep.the_only;
-        return query select 0, true, state.counting;
-        return;
-    end if;
-    state.waiting_for := reputation.still_unfinished(state.waiting_for);
-    if state.waiting_for = '{}'
-        and exists (select from reputation.recounts as later where later.generation > state.generation)
-        and not exists (select from reputation.recounts as ready where ready.generation <= state.generation)
-    then
-        state.generation := state.generation + 1;
-        state.waiting_for := reputation.unfinished();
-    end if;
-    passed := case when state.waiting_for = '{}' then state.generation else state.generation - 1 end;
-
-    chosen := array(
-        select ready.user_id from reputation.recounts as ready
-        where ready.generation <= passed
-        order by ready.generation
-        limit greatest(1, recount.batch)
-    );
+    chosen := array(select ready.user_id from reputation.recounts as ready limit greatest(1, recount.batch));
     if state.counting then
         next_in_turn := array(
             select known.id from public.user_profiles as known
@@ -764,8 +639,8 @@ begin
         state.counted_to := coalesce(next_in_turn[pg_catalog.cardinality(next_in_turn)], state.counted_to);
     end if;
 
-    -- One statement, so one snapshot: what it counts, and the differences that this count includes, which mean nothing
-    -- from then on. Marks stay: what they are about may not be over.
+    -- One statement, so one snapshot: what it counts, and the changes that this count includes, which mean nothing to
+    -- these users from then on. Marks stay: there may be some that it does not see.
     with due as (
         select distinct due.user_id from pg_catalog.unnest(chosen || next_in_turn) as due (user_id)
     ),
@@ -817,18 +692,14 @@ begin
     finished as (
         delete from reputation.recounts as ready
         using due
-        where ready.user_id = due.user_id and ready.generation <= passed
+        where ready.user_id = due.user_id
     )
     select pg_catalog.count(*) into recounted from due;
 
     update reputation.upkeep set
-        older = state.older,
-        generation = state.generation,
-        waiting_for = state.waiting_for,
         counting = state.counting,
         counted_to = state.counted_to
     where upkeep.the_only;
-    waiting := exists (select from reputation.recounts);
     counting := state.counting;
     return next;
 end

@@ -49,14 +49,11 @@ alter table public.user_profiles enable always trigger goodstanding_user_updated
 alter table public.user_profiles enable always trigger goodstanding_user_deleted;
 alter table public.user_profiles enable always trigger goodstanding_users_truncated;
 
--- A transaction that is older than this moment may not see matches that were rewritten while no trigger told of it:
--- nobody is counted before all of them have ended.
+-- Nobody was writing these tables a moment ago, so whatever happens from now on is told.
 do $$
 declare
     rules reputation.policy;
 begin
-    perform from reputation.upkeep where upkeep.the_only for no key update;
-    update reputation.upkeep set older = reputation.unfinished() where upkeep.the_only;
     select policy.* into strict rules from reputation.policy where policy.the_only;
     perform reputation.rebuild(rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled);
 end
