@@ -325,7 +325,7 @@ class Postgres:
         return taken + [change for change in self.changes if change.user is None][:batch]
 
     def _recount(self, session: Session, _number: int, _batch: int) -> None:
-        session.reply([(0, False, False)])
+        session.reply([(0, False)])
 
     def _notify(self, session: Session, _number: int, _channel: str, said: Sequence[str]) -> None:
         if session.transaction is not None:
