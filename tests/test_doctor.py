@@ -3,6 +3,7 @@
 import pytest
 import redis
 
+from goodstanding import doctor
 from goodstanding.changes import LEAD, SessionLedger
 from goodstanding.doctor import Finding, Status, examine
 from goodstanding.embedded import Postgres, Valkey
@@ -118,9 +119,10 @@ async def test_servers_that_are_away_are_failures() -> None:
 
 
 async def test_servers_that_hang_are_failures(
-    postgres: Postgres, valkey: Valkey, database: Database, redis_url: str
+    postgres: Postgres, valkey: Valkey, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that answers nothing does not hold up the doctor."""
+    monkeypatch.setattr(doctor, "_SECONDS", 1.0)
     postgres.pause()
     valkey.pause()
     try:

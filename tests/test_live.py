@@ -30,7 +30,7 @@ WHOLE: Final = os.environ.get("GOODSTANDING_LIVE") == "whole"
 SEED: Final = int(os.environ.get("GOODSTANDING_LIVE_SEED", secrets.randbelow(2**31)))
 _CUT_SECONDS: Final = 30.0 if WHOLE else 3.0
 _FROZEN_SECONDS: Final = 5.0 if WHOLE else 3.0
-_KILLS: Final = 50 if WHOLE else 3
+_KILLS: Final = 50 if WHOLE else 2
 _CHANGES: Final = 100_000 if WHOLE else 0
 _SLOWEST: Final = 0.5, 2.0
 """Seconds of the median and of the slowest: a busy machine is tested here. benchmarks/live.py measures the promise."""

@@ -8,7 +8,7 @@ import pytest
 from .conftest import Database, connect
 from .storm import JUDGED, RETURNING, WEATHERS, DifferenceError, Storm
 
-SECONDS = float(os.environ.get("GOODSTANDING_STORM_SECONDS", "8"))
+SECONDS = float(os.environ.get("GOODSTANDING_STORM_SECONDS", "5"))
 SEED = int(os.environ.get("GOODSTANDING_STORM_SEED", secrets.randbelow(2**31)))
 
 

@@ -461,8 +461,8 @@ def test_a_server_that_stops_tells_its_clients_to_come_back(
         wait_until(lambda: process.poll() is not None or _answers(port), seconds=90)
         assert process.stdout is not None
         streams = []
+        client = stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS))
         for _ in range(50):
-            client = stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS))
             streams.append(stack.enter_context(streaming(client, user, **who)))
             streams[-1].event()
         began = time.monotonic()
