@@ -4,6 +4,7 @@ import os
 import random
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -39,6 +40,8 @@ NO_DATABASE: Final = "postgresql://app@127.0.0.1:1/app"
 NO_REDIS: Final = "redis://127.0.0.1:1/0"
 """Nobody listens on port 1, ever. A port that was merely free may be taken, or connect to itself, a moment later."""
 _DEADLINE: Final = 30.0
+_TLS: Final = ssl.create_default_context()
+"""Made once: it takes longer than most tests."""
 _POLL: Final = 0.01
 _SESSIONS: Final = """
 insert into public.wingman_sessions
@@ -154,7 +157,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
 @contextmanager
 def client_of(app: ASGIApp) -> Iterator[httpx2.Client]:
     """Serve an app, and give a client that has no token."""
-    with serving(app) as url, httpx2.Client(base_url=url, timeout=_DEADLINE) as client:
+    with serving(app) as url, httpx2.Client(base_url=url, timeout=_DEADLINE, verify=_TLS) as client:
         yield client
 
 
@@ -185,7 +188,7 @@ def client_of_command(*words: str, port: int, environment: Mapping[str, str]) ->
     """Run a program that serves on a port; gives a client once it answers."""
     with (
         command(*words, environment=environment) as process,
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_DEADLINE) as client,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_DEADLINE, verify=_TLS) as client,
     ):
         wait_until(lambda: process.poll() is not None or _alive(client))
         assert process.poll() is None, process.communicate()[0]
