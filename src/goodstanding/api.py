@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, Final, TypeVar
@@ -23,7 +23,6 @@ from starlette.types import Lifespan, Receive, Scope, Send
 
 from goodstanding.auth import NOBODY, Authenticator, Caller, KeySet, Role
 from goodstanding.data import AtFault, UserId, parse_session_id, parse_user_id
-from goodstanding.entry import body
 from goodstanding.errors import (
     BadRequestError,
     ForbiddenError,
@@ -36,6 +35,7 @@ from goodstanding.errors import (
     UnsupportedMediaTypeError,
 )
 from goodstanding.limits import LimitKind, RateLimiter
+from goodstanding.memory import MemoryTier
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
@@ -58,7 +58,11 @@ _BODY_SECONDS: Final = 10.0
 _BROWSER_SECONDS: Final = 5
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BOOLEANS: Final = {"true": True, "false": False}
-_METRIC_SOURCES: Final = {Source.HIT: "cache", Source.STALE: "stale"}
+READ_PATH: Final = "/api/user/reputation/{user_id}"
+"""The single read's path."""
+
+_TOLD_AS_HIT: Final = frozenset({Source.HIT, Source.STALE})
+METRIC_SOURCES: Final[Mapping[Source, str]] = {Source.HIT: "cache", Source.STALE: "stale"}
 _BEARER: Final = Security(
     HTTPBearer(auto_error=False, scheme_name="bearer", bearerFormat="JWT", description="A Supabase-style token.")
 )
@@ -79,6 +83,7 @@ class Runtime:
     authenticator: Authenticator
     limiter: RateLimiter
     subscribers: Subscribers
+    memory: MemoryTier | None
     key_set: KeySet | None
     hears: Callable[[], bool]
     """Tells whether a relay was heard just now."""
@@ -120,6 +125,33 @@ def problem_of_http(error: HTTPException) -> Response:
     return response
 
 
+def request_id(claimed: str | None) -> str:
+    """Give the request the id that its caller claims for it, or one of our own."""
+    if claimed is not None and _REQUEST_ID.fullmatch(claimed):
+        return claimed
+    return f"{getrandbits(128):032x}"  # told apart, not kept secret
+
+
+async def outcome(work: Awaitable[Response], route: str, called: str) -> Response:
+    """Wait for a response; every error becomes one, and each carries the request's id."""
+    outside = structlog.contextvars.bind_contextvars(request_id=called)
+    try:
+        response = await work
+    except GoodstandingError as error:
+        response = problem(error)
+    except RequestValidationError:
+        response = problem(InvalidInputError())
+    except HTTPException:
+        raise
+    except Exception:  # noqa: BLE001 - the last net: logged whole, told to nobody
+        _log.exception("request_failed", route=route)
+        response = problem(GoodstandingError())
+    finally:
+        structlog.contextvars.reset_contextvars(**outside)
+    response.raw_headers.append((b"x-request-id", called.encode()))
+    return response
+
+
 class ContractRoute(APIRoute):
     """A route whose every outcome has the contract's form: errors, request id, metrics; in any host app."""
 
@@ -132,24 +164,7 @@ class ContractRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             began = time.perf_counter()
-            request_id = request.headers.get("x-request-id", "")
-            if _REQUEST_ID.fullmatch(request_id) is None:
-                request_id = f"{getrandbits(128):032x}"  # told apart, not kept secret
-            outside = structlog.contextvars.bind_contextvars(request_id=request_id)
-            try:
-                response = await handle(request)
-            except GoodstandingError as error:
-                response = problem(error)
-            except RequestValidationError:
-                response = problem(InvalidInputError())
-            except HTTPException:
-                raise
-            except Exception:  # noqa: BLE001 - the last net: logged whole, told to nobody
-                _log.exception("request_failed", route=route)
-                response = problem(GoodstandingError())
-            finally:
-                structlog.contextvars.reset_contextvars(**outside)
-            response.headers["X-Request-ID"] = request_id
+            response = await outcome(handle(request), route, request_id(request.headers.get("x-request-id")))
             labels = (request.method, response.status_code, getattr(request.state, "source", "none"))
             if labels not in metrics:
                 metrics[labels] = REQUEST_SECONDS.labels(route, *labels)
@@ -213,8 +228,8 @@ class _Endpoints:
         self._authorize(request, LimitKind.READ, *readers)
         user_id = parse_user_id(request.path_params["user_id"])
         answer = await now.service.read(user_id, use_cache=_use_cache(request))
-        request.state.source = _METRIC_SOURCES.get(answer.source, "database")
-        return _reputation(request, answer)
+        request.state.source = METRIC_SOURCES.get(answer.source, "database")
+        return represent(answer, [value for name, value in request.scope["headers"] if name == b"if-none-match"])
 
     async def read_batch(self, request: Request) -> Response:
         """Answer for many users at once; an unknown user is null."""
@@ -355,7 +370,7 @@ def build_router(
     )
     add(
         "GET",
-        "/api/user/reputation/{user_id}",
+        READ_PATH,
         endpoints.read_reputation,
         ReputationResponse,
         "One user's reputation",
@@ -413,38 +428,39 @@ def build_router(
     return router
 
 
-def _reputation(request: Request, answer: Answer) -> Response:
-    data = answer.data
-    if data is None:  # pragma: no cover - the service raises for an unknown user
-        raise GoodstandingError
-    match answer.source:
-        case Source.HIT | Source.STALE:
-            status = f"goodstanding; hit; ttl={answer.ttl}"
-        case source:
-            status = f"goodstanding; fwd={source.value}"
-    etag = f'W/"{data.score}-{data.badge_color.value}-{data.completed_sessions}-{data.no_shows}"'
-    headers = {
-        "Cache-Control": f"private, max-age={max(0, min(_BROWSER_SECONDS, answer.ttl))}",
-        "Cache-Status": status,
-        "ETag": etag,
-    }
-    if _matches(request.headers.getlist("if-none-match"), etag):
-        return Response(None, 304, headers)
-    return Response(body(data), 200, headers, "application/json")
+def represent(answer: Answer, conditions: Sequence[bytes]) -> Response:
+    """Write a known user's answer; `conditions` are the values of If-None-Match."""
+    entry = answer.entry
+    if answer.source in _TOLD_AS_HIT:
+        status = b"goodstanding; hit; ttl=%d" % answer.ttl
+    else:
+        status = b"goodstanding; fwd=%s" % answer.source.value.encode()
+    etag = b'W/"%s"' % entry.seen
+    headers = [
+        (b"cache-control", b"private, max-age=%d" % max(0, min(_BROWSER_SECONDS, answer.ttl))),
+        (b"cache-status", status),
+        (b"etag", etag),
+    ]
+    if conditions and _matches(conditions, etag):
+        response = Response(None, 304)
+    else:
+        response = Response(entry.body)
+        headers += [(b"content-length", b"%d" % len(response.body)), (b"content-type", b"application/json")]
+    response.raw_headers = headers
+    return response
 
 
-def _matches(conditions: Sequence[str], etag: str) -> bool:
+def _matches(conditions: Sequence[bytes], etag: bytes) -> bool:
     """Compare weakly (RFC 9110, section 13.1.2)."""
-    tags = [tag.strip() for condition in conditions for tag in condition.split(",")]
-    return "*" in tags or etag in tags or etag.removeprefix("W/") in tags
+    tags = [tag.strip() for condition in conditions for tag in condition.split(b",")]
+    return b"*" in tags or etag in tags or etag.removeprefix(b"W/") in tags
 
 
 def _batch(asked: Mapping[str, UserId], answers: Mapping[UserId, Answer]) -> bytes:
     members = []
     for text, user_id in asked.items():
-        data = answers[user_id].data
         # The text is a canonical UUID by now: nothing in it needs escaping.
-        members.append(b'"%s":%s' % (text.encode(), b"null" if data is None else body(data)))
+        members.append(b'"%s":%s' % (text.encode(), answers[user_id].entry.body or b"null"))
     return b'{"reputations":{%s}}' % b",".join(members)
 
 

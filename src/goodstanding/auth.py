@@ -294,24 +294,36 @@ class TokenVerifier:
         """
         if len(token) > MAX_TOKEN_LENGTH or not token.isascii():
             raise UnauthorizedError
-        if self._key_set is not None and self._key_set.keys is not self._cached_under:
-            self._cache.clear()
-            self._cached_under = self._key_set.keys
-        digest = hashlib.sha256(token.encode()).digest()
-        now = self._clock()
-        known = self._cache.get(digest)
+        known = self.known(token.encode())
         if known is not None:
-            if now < known[0]:
-                self._cache.move_to_end(digest)
-                return known[1]
-            del self._cache[digest]
+            return known
         claims = self._signed_claims(token)
-        expires = self._lifetime(claims, now.timestamp())
+        expires = self._lifetime(claims, self._clock().timestamp())
         caller = self._caller(claims, expires)
-        self._cache[digest] = (expires, caller)
+        self._cache[hashlib.sha256(token.encode()).digest()] = (expires, caller)
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return caller
+
+    @property
+    def keys(self) -> object:
+        """The published keys; another object when they change."""
+        return self._key_set.keys if self._key_set is not None else None
+
+    def known(self, token: bytes) -> Caller | None:
+        """Give the caller whom a token proved before, while it holds."""
+        if self._key_set is not None and self._key_set.keys is not self._cached_under:
+            self._cache.clear()
+            self._cached_under = self._key_set.keys
+        digest = hashlib.sha256(token).digest()
+        known = self._cache.get(digest)
+        if known is None:
+            return None
+        if self._clock() >= known[0]:
+            del self._cache[digest]
+            return None
+        self._cache.move_to_end(digest)
+        return known[1]
 
     def _signed_claims(self, token: str) -> dict[str, Any]:
         if "=" in token:
@@ -431,6 +443,16 @@ class Authenticator:
         if self._dev_auth:
             return _test_user(_single(headers, b"x-test-user-id"))
         return NOBODY
+
+    @property
+    def keys(self) -> object:
+        """What signatures are checked with at present; another object when that changes."""
+        return self._verifier.keys
+
+    def known(self, credentials: bytes) -> Caller | None:
+        """Give the caller whom an Authorization header proved before; None: ask `caller`."""
+        scheme, _, token = credentials.partition(b" ")
+        return self._verifier.known(token.strip(b" ")) if scheme.lower() == b"bearer" else None
 
     def rate_key(self, caller: Caller, headers: Headers, peer: str | None) -> str:
         """Give the name under which a caller's requests are counted: the subject, else the address.

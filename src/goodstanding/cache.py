@@ -227,8 +227,8 @@ class RedisCache:
                 (
                     *("EVAL", _FILL, 3, value_key(user), lease_key(user), last_good_key(user), token),
                     encode(entry, user_id=user, policy=self._policy),
-                    self._lives.unknown if entry.data is None else self._lives.value,
-                    0 if entry.data is None else self._lives.last_good,
+                    self._lives.unknown if entry.body is None else self._lives.value,
+                    0 if entry.body is None else self._lives.last_good,
                 )
                 for user, entry in entries.items()
             ]

@@ -1,5 +1,6 @@
 """What the cache holds about one user, and its one text form: JSON that begins with the contract's five members."""
 
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,12 +29,49 @@ class Rejection(StrEnum):
     OTHER_USER = "other_user"
 
 
-@dataclass(frozen=True, slots=True)
 class Entry:
-    """A user's reputation as computed at `computed_at`; `data` is None where no such user existed then."""
+    """A user's reputation as computed at `computed_at`, as it is sent: `body` is None where no such user existed then.
 
-    data: ReputationData | None
-    computed_at: datetime
+    `seen` is what a person sees of it, in one word. A hit never needs more, so `data` is read from the body only for
+    whoever asks.
+    """
+
+    __slots__ = ("_data", "body", "computed_at", "seen")
+
+    def __init__(self, data: ReputationData | None, computed_at: datetime) -> None:
+        self.computed_at = computed_at
+        self._data = data
+        self.body = None if data is None else body(data)
+        self.seen = (
+            b"unknown"
+            if data is None
+            else f"{data.score}-{data.badge_color.value}-{data.completed_sessions}-{data.no_shows}".encode()
+        )
+
+    @classmethod
+    def written(cls, body: bytes | None, seen: bytes, computed_at: datetime) -> "Entry":
+        """Make an entry of what was cached."""
+        entry = cls(None, computed_at)
+        entry.body, entry.seen = body, seen
+        return entry
+
+    @property
+    def data(self) -> ReputationData | None:
+        """The reputation as data."""
+        if self._data is None and self.body is not None:
+            members = json.loads(self.body)
+            members |= {"badge_color": BadgeColor(members["badge_color"]), "cache_timestamp": self.computed_at}
+            self._data = ReputationData(**members)
+        return self._data
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and (self.body, self.computed_at) == (other.body, other.computed_at)
+
+    def __hash__(self) -> int:
+        return hash((self.body, self.computed_at))
+
+    def __repr__(self) -> str:
+        return f"Entry({self.data!r}, {self.computed_at!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +108,12 @@ def body(data: ReputationData) -> bytes:
 
 def encode(entry: Entry, *, user_id: UserId, policy: str) -> bytes:
     """Write an entry: the five members (null where the user is unknown), then whose it is and under which policy."""
-    if entry.data is not None:
-        head = body(entry.data)[:-1].decode()
+    if entry.body is not None:
+        head = entry.body[:-1]
     else:
         nulls = "".join(f'"{name}":null,' for name in _MEMBERS)
-        head = f'{{{nulls}"cache_timestamp":"{timestamp(entry.computed_at)}"'
-    return f'{head},"user_id":"{user_id}","policy":"{policy}"}}'.encode()
+        head = f'{{{nulls}"cache_timestamp":"{timestamp(entry.computed_at)}"'.encode()
+    return b'%s,"user_id":"%s","policy":"%s"}' % (head, user_id.encode(), policy.encode())
 
 
 def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
@@ -93,12 +131,6 @@ def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
     except ValueError:
         return Rejection.CORRUPT
     if score is None:
-        return Entry(None, computed_at)
-    data = ReputationData(
-        score=int(score),
-        badge_color=BadgeColor(badge.decode()),
-        completed_sessions=int(completed),
-        no_shows=int(no_shows),
-        cache_timestamp=computed_at,
-    )
-    return Entry(data, computed_at)
+        return Entry.written(None, b"unknown", computed_at)
+    seen = b"%s-%s-%s-%s" % (score, badge, completed, no_shows)
+    return Entry.written(text[: written.end(5) + 1] + b"}", seen, computed_at)

@@ -116,10 +116,13 @@ class RateLimiter:
         }
         return cls(limits, clock=clock, counters=counters)
 
-    def take(self, caller_key: str, kind: LimitKind) -> None:
-        """Count one request; raises RateLimitedError, which says after how many seconds the next one is admitted."""
+    def take(self, caller_key: str, kind: LimitKind, now: float | None = None) -> None:
+        """Count one request; raises RateLimitedError, which says after how many seconds the next one is admitted.
+
+        `now` is the clock's moment in seconds since 1970, where the caller has it.
+        """
         limit, callers = self._limits[kind], self._callers[kind]
-        number, elapsed = self._moment()
+        number, elapsed = self._moment(now)
         caller = callers.get(caller_key)
         if caller is None:
             if len(callers) >= self._max_callers:
@@ -196,9 +199,9 @@ class RateLimiter:
             else:
                 _log.warning("rate_limits_local", **fields)
 
-    def _moment(self) -> tuple[int, int]:
+    def _moment(self, now: float | None = None) -> tuple[int, int]:
         """Give the number of the present window and the microseconds that have passed of it."""
-        return divmod(round(self._clock().timestamp() * _SECOND), _WINDOW)
+        return divmod(round((self._clock().timestamp() if now is None else now) * _SECOND), _WINDOW)
 
     def _evict(self, kind: LimitKind) -> None:
         """Forget the least active of the longest unseen callers, so that a flood of new ones pushes out itself."""

@@ -17,6 +17,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from goodstanding import logs
 from goodstanding.api import ContractRoute, OwnRoute, Runtime, build_router, problem, problem_of_http
@@ -27,6 +28,7 @@ from goodstanding.cache import Cache, RedisCache
 from goodstanding.changes import NotifyPublisher, RedisPublisher, Relay, SessionLedger
 from goodstanding.entry import Lives
 from goodstanding.errors import ConfigurationError, InvalidInputError, TemporarilyUnavailableError
+from goodstanding.fast_lane import FastLane
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
 from goodstanding.memory import MemoryCache, MemoryTier
@@ -54,6 +56,7 @@ class Opened:
     service: ReputationService
     history: SessionHistory
     counters: SharedCounters | None
+    memory: MemoryTier | None
     freshness: Freshness
     heard: list[Heard]
     """Called with whose counts changed, as long as the service is open; more may be added."""
@@ -73,6 +76,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
     announcer = Announcer()
     async with AsyncExitStack() as stack:
         cache: Cache
+        tier: MemoryTier | None = None
         redis: RedisCache | None = None
         if settings.redis_url.get_secret_value():
             cache = redis = await stack.enter_async_context(_open_redis(settings, oldest=oldest))
@@ -117,7 +121,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
             for work in _follow(settings, history, redis, announcer, Broadcast(freshness, heard)):
                 spawn(work)
             spawn(_tell_freshness(freshness))
-        yield Opened(service, history, redis, freshness, heard)
+        yield Opened(service, history, redis, tier, freshness, heard)
 
 
 def _lives(settings: Settings) -> Lives:
@@ -239,6 +243,7 @@ async def open_runtime(
             authenticator=authenticator,
             limiter=limiter,
             subscribers=subscribers,
+            memory=opened.memory,
             key_set=key_set,
             hears=lambda: opened.freshness.trusted,
             public_reads=settings.public_reads,
@@ -254,12 +259,12 @@ def router(settings: Settings | None = None) -> APIRouter:
     return _router(load_settings() if settings is None else settings, ContractRoute)
 
 
-def _router(settings: Settings, route_class: type[ContractRoute]) -> APIRouter:
+def _router(settings: Settings, route_class: type[ContractRoute], running: list[Runtime] | None = None) -> APIRouter:
     settings.require_database()
     settings.require_tokens()
     key_set = KeySet.from_settings(settings)
     authenticator = Authenticator.from_settings(settings, clock=utc_now, key_set=key_set)
-    running: list[Runtime] = []
+    running = [] if running is None else running
 
     @asynccontextmanager
     async def lifespan(_app: object) -> AsyncIterator[None]:
@@ -279,11 +284,22 @@ def _router(settings: Settings, route_class: type[ContractRoute]) -> APIRouter:
     return build_router(runtime, lifespan, route_class=route_class)
 
 
+class Application(FastAPI):
+    """A FastAPI application with a fast lane in front of it."""
+
+    lane: FastLane
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the fast lane, which asks the rest of the application."""
+        await self.lane(scope, receive, send)
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application that serves Goodstanding alone; raises ConfigurationError."""
     settings = load_settings() if settings is None else settings
-    own = _router(settings, OwnRoute)
-    app = FastAPI(
+    running: list[Runtime] = []
+    own = _router(settings, OwnRoute, running)
+    app = Application(
         title="Goodstanding",
         summary="Does the other one turn up?",
         version=version("goodstanding"),
@@ -292,6 +308,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # Not included as a host would: FastAPI looks for the route of an included router twice, at every request.
         routes=own.routes,
         lifespan=own.lifespan_context,
+    )
+    app.lane = FastLane(
+        super(Application, app).__call__,
+        lambda: running[-1] if running else None,
+        clock=utc_now,
+        # What another origin may see, the middleware tells.
+        elsewhere=frozenset({b"origin"} if settings.cors_origins else ()),
     )
     if settings.cors_origins:
         app.add_middleware(

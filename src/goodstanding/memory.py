@@ -96,7 +96,7 @@ class MemoryCache:
             slot = self._slots.get(user)
             holds = slot is not None and slot.lease == token and now < slot.lease_until
             if slot is not None and holds:
-                known = entry.data is not None
+                known = entry.body is not None
                 slot.entry = entry
                 slot.entry_until = now + (self.lives.value if known else self.lives.unknown) / 1000
                 slot.last_good = entry if known else None
@@ -149,6 +149,16 @@ def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
     return entry
 
 
+@dataclass(slots=True, eq=False)
+class Kept:
+    """What the memory tier keeps of a user `until` a moment of the monotonic clock; `prepared` is its reader's own."""
+
+    entry: Entry
+    fetched: Fetched
+    until: float
+    prepared: object = None
+
+
 @dataclass(slots=True)
 class MemoryTier:
     """A tier of at most `capacity` users, each for at most `seconds`, in front of the cache that processes share.
@@ -164,7 +174,7 @@ class MemoryTier:
     trusted: Callable[[], bool]
     clock: Clock
     monotonic: Callable[[], float] = time.monotonic
-    _kept: OrderedDict[UserId, tuple[Fetched, float]] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
     _events: int = 0
     _evicted: OrderedDict[UserId, int] = field(default_factory=OrderedDict)
     _forgotten: int = 0
@@ -183,8 +193,8 @@ class MemoryTier:
         found: dict[UserId, Fetched] = {}
         for user in user_ids:
             kept = self._kept.get(user)
-            if kept is not None and now < kept[1]:
-                found[user] = kept[0]
+            if kept is not None and now < kept.until:
+                found[user] = kept.fetched
         missing = [user for user in user_ids if user not in found]
         if missing:
             asked = self._events
@@ -193,6 +203,11 @@ class MemoryTier:
                 if fetched.entry is not None:
                     self._keep(user, fetched.entry, asked)
         return [found[user] for user in user_ids]
+
+    def peek(self, user_id: str) -> Kept | None:
+        """Give what is kept of a user at this moment; any text may be asked for."""
+        kept = self._kept.get(user_id)
+        return kept if kept is not None and self.monotonic() < kept.until and self.trusted() else None
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
         """Read from below."""
@@ -252,9 +267,9 @@ class MemoryTier:
         """Keep what was read below, unless the user may have been evicted since it was `asked` for."""
         if self._evicted.get(user_id, self._forgotten) > asked:
             return
-        life = self.lives.unknown if entry.data is None else self.lives.value
+        life = self.lives.unknown if entry.body is None else self.lives.value
         left = life / 1000 - (self.clock() - entry.computed_at).total_seconds()
-        self._kept[user_id] = Fetched(entry, None), self.monotonic() + min(self.seconds, left)
+        self._kept[user_id] = Kept(entry, Fetched(entry, None), self.monotonic() + min(self.seconds, left))
         self._kept.move_to_end(user_id)
         if len(self._kept) > self.capacity:
             self._kept.popitem(last=False)

@@ -67,14 +67,19 @@ _UNCACHED: Final = frozenset({LoadReason.REQUEST, LoadReason.AWAY})
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One user's reputation and where it came from; `data` is None for an unknown user.
+    """One user's reputation and where it came from; an unknown user's entry has no data.
 
     `ttl` is the entry's remaining life in whole seconds, negative when it is stale.
     """
 
-    data: ReputationData | None
+    entry: Entry
     source: Source
     ttl: int
+
+    @property
+    def data(self) -> ReputationData | None:
+        """The reputation; None for an unknown user."""
+        return self.entry.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +207,7 @@ class ReputationService:
     async def read(self, user_id: UserId, *, use_cache: bool = True) -> Answer:
         """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError."""
         answer = (await self._read([user_id], use_cache=use_cache))[user_id]
-        if answer.data is None:
+        if answer.entry.body is None:
             raise UserNotFoundError
         return answer
 
@@ -212,6 +217,11 @@ class ReputationService:
         `Answer.data` is None for unknown users. Raises TemporarilyUnavailableError when any of them cannot be had.
         """
         return await self._read(user_ids, use_cache=use_cache)
+
+    def horizon(self, entry: Entry) -> tuple[float, float]:
+        """Tell when a known user's entry expires, and from when on it may be refreshed; in seconds since 1970."""
+        computed, life = entry.computed_at.timestamp(), self._lives.value / 1000
+        return computed + life, computed + life * _REFRESH_AT
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
         """Drop what is cached about these users; raises CacheAwayError when that cannot be done now."""
@@ -477,15 +487,15 @@ class ReputationService:
 
     def _is_due(self, entry: Entry) -> bool:
         """Tell whether an entry is so old that it should be refreshed ahead of its expiry."""
-        if entry.data is None:
+        if entry.body is None:
             return False
         age = (self._clock() - entry.computed_at) / timedelta(milliseconds=self._lives.value)
         return age >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
 
     def _answer(self, entry: Entry, source: Source) -> Answer:
-        life = timedelta(milliseconds=self._lives.unknown if entry.data is None else self._lives.value)
+        life = timedelta(milliseconds=self._lives.unknown if entry.body is None else self._lives.value)
         left = (life - (self._clock() - entry.computed_at)).total_seconds()
         if source is Source.STALE:
             # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
-            return Answer(entry.data, source, min(-1, int(left)))
-        return Answer(entry.data, source, max(0, min(int(left), int(life.total_seconds()))))
+            return Answer(entry, source, min(-1, int(left)))
+        return Answer(entry, source, max(0, min(int(left), int(life.total_seconds()))))

@@ -1,0 +1,227 @@
+"""The fast lane: a single read by a caller who is known, answered without a framework.
+
+It answers what the route of api.py answers, byte for byte, and leaves to that route whatever else is asked.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import Histogram
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from goodstanding.api import METRIC_SOURCES, READ_PATH, Runtime, outcome, represent, request_id
+from goodstanding.auth import Role
+from goodstanding.data import Clock, parse_user_id
+from goodstanding.errors import GoodstandingError
+from goodstanding.limits import LimitKind
+from goodstanding.memory import Kept
+from goodstanding.metrics import CACHE_READS, REQUEST_SECONDS
+from goodstanding.reputation_service import Answer, ReputationService, Source
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+START: Final = READ_PATH.removesuffix("{user_id}")
+LENGTH: Final = len(START) + 36
+"""How long a path of the single read is; its last 36 characters may be a user's id."""
+
+_METHODS: Final = frozenset({"GET", "HEAD"})
+_READERS: Final = frozenset({Role.AUTHENTICATED, Role.SERVICE_ROLE})
+_SAID: Final = frozenset({b"authorization", b"if-none-match", b"x-request-id"})
+_HITS: Final = CACHE_READS.labels("hit")
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """A caller who is known until `expires`, in seconds since 1970, as long as the keys are those."""
+
+    credentials: bytes
+    rate_key: str
+    expires: float
+    keys: object
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request says: who asks, how it is called, and what the caller has already."""
+
+    visitor: Visitor
+    request_id: bytes
+    conditions: tuple[bytes, ...]
+
+
+class Prepared:
+    """A hit's response, but for the request's id, that stays the same for a second; `lines` are headers as sent.
+
+    `expires` and `due` (to be refreshed) are in seconds since 1970.
+    """
+
+    __slots__ = ("body", "due", "expires", "headers", "lines", "status", "ttl")
+
+    def __init__(self, answer: Answer, conditions: tuple[bytes, ...], *, expires: float, due: float) -> None:
+        response = represent(answer, conditions)
+        self.ttl = answer.ttl
+        self.expires = expires
+        self.due = due
+        self.status = response.status_code
+        self.headers = response.raw_headers
+        self.lines = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+        self.body = bytes(response.body)
+
+
+class FastLane:
+    """An application in front of `app`. `runtime` gives what the routes work with, or None while nothing runs.
+
+    A request with a header in `elsewhere` is left to the application.
+    """
+
+    def __init__(
+        self, app: ASGIApp, runtime: Callable[[], Runtime | None], *, clock: Clock, elsewhere: Collection[bytes]
+    ) -> None:
+        self._app = app
+        self._runtime = runtime
+        self._clock = clock
+        self._elsewhere = elsewhere
+        self._metrics: dict[tuple[str, int, str], Histogram] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the application answer."""
+        runtime = self._runtime()
+        if (
+            runtime is not None
+            and scope["type"] == "http"
+            and len(scope["path"]) == LENGTH
+            and scope["path"].startswith(START)
+            and scope["method"] in _METHODS
+            and not scope["query_string"]
+            and not scope["root_path"]
+        ):
+            began = time.perf_counter()
+            now = self._clock().timestamp()
+            user = scope["path"][-36:]
+            asked = self._asked(runtime, scope["headers"], now)
+            if asked is not None:
+                prepared = _remembered(runtime, user, asked, now)
+                if prepared is not None:
+                    headers = [*prepared.headers, (b"x-request-id", asked.request_id)]
+                    await send({"type": "http.response.start", "status": prepared.status, "headers": headers})
+                    await send({"type": "http.response.body", "body": prepared.body})
+                    self.observe(scope["method"], prepared.status, "cache", time.perf_counter() - began)
+                    return
+                response, source = await _read(runtime, user, asked, now)
+                if response is not None:
+                    await response(scope, receive, send)
+                    self.observe(scope["method"], response.status_code, source, time.perf_counter() - began)
+                    return
+        await self._app(scope, receive, send)
+
+    def hit(
+        self, user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]
+    ) -> tuple[Prepared, Asked] | None:
+        """Give the response from this process's memory, counted as a request; None: it takes more than that.
+
+        `visitor` is who asked before on the same connection.
+        """
+        runtime = self._runtime()
+        if runtime is None:
+            return None
+        now = self._clock().timestamp()
+        asked = self._asked(runtime, headers, now, visitor, elsewhere)
+        prepared = _remembered(runtime, user, asked, now) if asked is not None else None
+        return (prepared, asked) if asked is not None and prepared is not None else None
+
+    def observe(self, method: str, status: int, source: str, seconds: float) -> None:
+        """Note what a request took."""
+        labels = (method, status, source)
+        metric = self._metrics.get(labels)
+        if metric is None:
+            metric = self._metrics[labels] = REQUEST_SECONDS.labels(READ_PATH, *labels)
+        metric.observe(seconds)
+
+    def _asked(
+        self,
+        runtime: Runtime,
+        headers: Headers,
+        now: float,
+        visitor: Visitor | None = None,
+        elsewhere: Collection[bytes] = (),
+    ) -> Asked | None:
+        """Read the headers; None: who asks is not known yet, or the application must see to it."""
+        said: dict[bytes, bytes] = {}
+        for name, value in headers:
+            if name in _SAID:
+                if name in said:
+                    return None
+                said[name] = value
+            elif name in self._elsewhere or name in elsewhere:
+                return None
+        credentials = said.get(b"authorization")
+        if credentials is None:
+            return None
+        if (
+            visitor is None
+            or visitor.credentials != credentials
+            or now >= visitor.expires
+            or visitor.keys is not runtime.authenticator.keys
+        ):
+            caller = runtime.authenticator.known(credentials)
+            if caller is None or caller.role not in _READERS or caller.subject is None or caller.expires is None:
+                return None
+            rate_key = runtime.authenticator.rate_key(caller, (), None)
+            visitor = Visitor(credentials, rate_key, caller.expires.timestamp(), runtime.authenticator.keys)
+        called = request_id(said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None)
+        return Asked(visitor, called.encode(), (said[b"if-none-match"],) if b"if-none-match" in said else ())
+
+
+def _remembered(runtime: Runtime, user: str, asked: Asked, now: float) -> Prepared | None:
+    kept = runtime.memory.peek(user) if runtime.memory is not None else None
+    if kept is None:
+        return None
+    prepared = kept.prepared
+    if not isinstance(prepared, Prepared):
+        prepared = _prepare(runtime.service, kept, now)
+        if prepared is None:
+            return None
+    if now >= prepared.due:
+        return None  # the service answers it too, and has it refreshed
+    try:
+        runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
+    except GoodstandingError:
+        return None  # the route refuses it, and says why
+    _HITS.inc()
+    ttl = int(prepared.expires - now)
+    if asked.conditions or ttl != prepared.ttl:
+        answer = Answer(kept.entry, Source.HIT, ttl)
+        prepared = Prepared(answer, asked.conditions, expires=prepared.expires, due=prepared.due)
+        if not asked.conditions:
+            kept.prepared = prepared
+    return prepared
+
+
+def _prepare(service: ReputationService, kept: Kept, now: float) -> Prepared | None:
+    if kept.entry.body is None:
+        return None
+    expires, due = service.horizon(kept.entry)
+    prepared = Prepared(Answer(kept.entry, Source.HIT, int(expires - now)), (), expires=expires, due=due)
+    kept.prepared = prepared
+    return prepared
+
+
+async def _read(runtime: Runtime, user: str, asked: Asked, now: float) -> tuple[Response | None, str]:
+    """Answer as the route does; None: that is for the route, since it is not even a request that counts."""
+    try:
+        user_id = parse_user_id(user)
+        runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
+    except GoodstandingError:
+        return None, ""
+    source = "none"
+
+    async def work() -> Response:
+        nonlocal source
+        answer = await runtime.service.read(user_id)
+        source = METRIC_SOURCES.get(answer.source, "database")
+        return represent(answer, asked.conditions)
+
+    return await outcome(work(), READ_PATH, asked.request_id.decode()), source

@@ -1,0 +1,131 @@
+"""One application behind three servers: past its fast lane, through it, and through the server's own protocol."""
+
+import asyncio
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from goodstanding import main
+from goodstanding.http_protocol import HotProtocol
+from goodstanding.main import Application, create_app, utc_now
+from tests.serving import SINGLE, Backend, RawAnswer, raw_exchange, wait_until
+
+WAYS: Final = ("route", "lane", "protocol")
+_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(slots=True)
+class Clock:
+    """The wall clock of the service, which stands still unless it is moved on."""
+
+    now: datetime = field(default_factory=utc_now)
+
+    def __call__(self) -> datetime:
+        """Give the moment."""
+        return self.now
+
+
+@dataclass(slots=True)
+class Three:
+    """One application under three servers: past its fast lane, through it, and through the server's own protocol."""
+
+    app: Application
+    clock: Clock
+    urls: Mapping[str, str]
+    passed: list[str]
+    """The paths that the fast lane left to the application."""
+
+    def ask(self, way: str, request: bytes) -> RawAnswer:
+        """Send bytes as they are, and read the answer."""
+        return raw_exchange(self.urls[way], request)
+
+    def get(self, way: str, user: str, headers: Mapping[str, str], method: str = "GET") -> RawAnswer:
+        """Ask for a user."""
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return self.ask(way, f"{method} {SINGLE.format(user)} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode())
+
+    def warm(self, user: str, headers: Mapping[str, str]) -> None:
+        """Bring a user into memory, and the caller among those who are known."""
+        wait_until(lambda: self._is_hit(user, headers))
+
+    def _is_hit(self, user: str, headers: Mapping[str, str]) -> bool:
+        runtime = self.app.lane._runtime()  # noqa: SLF001 - nothing else tells what memory holds
+        assert runtime is not None
+        assert runtime.memory is not None
+        return 200 == self.get("route", user, headers).status and runtime.memory.peek(user) is not None
+
+
+@contextmanager
+def _serving(app: Application, clock: Clock) -> Iterator[Three]:
+    passed: list[str] = []
+    inner = app.lane._app  # noqa: SLF001 - where the lane ends
+
+    async def noted(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            passed.append(scope["path"])
+        await inner(scope, receive, send)
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner(scope, receive, send)
+
+    app.lane._app = noted  # noqa: SLF001 - see above
+    listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in WAYS}
+    configs = {
+        "protocol": uvicorn.Config(app, lifespan="on", http=HotProtocol),
+        "lane": uvicorn.Config(app, lifespan="off", http="httptools"),
+        "route": uvicorn.Config(route, lifespan="off", http="httptools"),
+    }
+    servers: dict[str, uvicorn.Server] = {}
+    for way, config in configs.items():
+        config.log_config, config.access_log, config.proxy_headers, config.server_header = None, False, False, False
+        config.timeout_graceful_shutdown = 1
+        servers[way] = uvicorn.Server(config)
+
+    async def serve() -> None:
+        async with asyncio.TaskGroup() as group:
+            for way, server in servers.items():
+                group.create_task(server.serve(sockets=[listeners[way]]))
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    wait_until(lambda: all(server.started for server in servers.values()) or not thread.is_alive())
+    urls = {way: f"http://127.0.0.1:{listener.getsockname()[1]}" for way, listener in listeners.items()}
+    try:
+        yield Three(app, clock, urls, passed)
+    finally:
+        for server in servers.values():
+            server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def three_ways(backend: Backend, **overrides: object) -> Iterator[Three]:
+    """Serve an application in the three ways, with a clock of its own."""
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "utc_now", clock)
+        app = create_app(backend.settings(**overrides))
+        assert isinstance(app, Application)
+        with _serving(app, clock) as three:
+            yield three
+
+
+def comparable(answer: RawAnswer) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Give everything but the date and an id that was drawn."""
+    headers = []
+    for name, value in answer.headers.items():
+        if name == "x-request-id" and _OWN_ID.fullmatch(value):
+            headers.append((name, "drawn"))
+        elif name != "date":
+            headers.append((name, value))
+    return answer.status, headers, answer.body
