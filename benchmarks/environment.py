@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,10 @@ _PASSWORD: Final = secrets.token_urlsafe(16)
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 15.0
 _VERSIONS: Final = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "pyjwt")
+
+
+class MissingError(Exception):
+    """A program that a comparison needs is not on this machine."""
 
 
 def user_id(number: int) -> str:
@@ -81,9 +86,16 @@ class Serving:
     process: "subprocess.Popen[bytes]"
 
     def cpu_seconds(self) -> float:
-        """Tell how much processor time it has used."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
+        """Tell how much processor time it has used, its workers included."""
+        return sum(times.user + times.system for times in (one.cpu_times() for one in self._processes()))
+
+    def resident_bytes(self) -> int:
+        """Tell how much memory its largest process has."""
+        return max(int(one.memory_info().rss) for one in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Ask it once, on a connection of its own."""
@@ -106,28 +118,62 @@ class Environment:
     settings: Mapping[str, str]
 
     @contextmanager
-    def goodstanding(self, *, pinned: bool = True) -> Iterator[Serving]:
-        """Run `goodstanding serve` as a user does, in one process, by default on the measured core alone."""
+    def goodstanding(
+        self, *, pinned: bool = True, workers: int = 1, settings: Mapping[str, str] | None = None
+    ) -> Iterator[Serving]:
+        """Run `goodstanding serve` as a user does, by default in one process on the measured core alone."""
         port = _free_port()
-        command = [str(Path(sys.executable).with_name("goodstanding")), "serve", "--host", HOST, "--port", str(port)]
-        with self._serving(command, port, pinned=pinned) as serving:
+        command = [
+            *(str(Path(sys.executable).with_name("goodstanding")), "serve", "--host", HOST, "--port", str(port)),
+            *(("--workers", str(workers)) if workers > 1 else ()),
+        ]
+        with self._serving(command, port, pinned=pinned, settings=settings) as serving:
             yield serving
 
     @contextmanager
-    def application(self, name: str, *, factory: bool) -> Iterator[Serving]:
-        """Run an application of plain.py on the same server with the same options."""
+    def application(self, name: str, *, factory: bool = True, server: str = "uvicorn") -> Iterator[Serving]:
+        """Run an application of compared/plain.py, or `module:name`, with uvicorn as ours runs, or with granian."""
         port = _free_port()
+        target = name if ":" in name else f"benchmarks.compared.plain:{name}"
+        options = {
+            "uvicorn": "--no-access-log --no-server-header --no-proxy-headers --log-level warning",
+            "granian": "--interface asgi --workers 1 --loop uvloop --no-access-log --log-level warning",
+        }[server].split()
         command = [
-            *(sys.executable, "-m", "uvicorn", f"benchmarks.plain:{name}", "--host", HOST, "--port", str(port)),
-            *("--no-access-log", "--no-server-header", "--no-proxy-headers", "--log-level", "warning"),
-            *(("--factory",) if factory else ()),
+            *(sys.executable, "-m", server, target, "--host", HOST, "--port", str(port)),
+            *(*options, *(("--factory",) if factory else ())),
         ]
         with self._serving(command, port) as serving:
             yield serving
 
     @contextmanager
-    def _serving(self, command: Sequence[str], port: int, *, pinned: bool = True) -> Iterator[Serving]:
-        environment = {**_inherited(), **self.settings}
+    def fastify(self) -> Iterator[Serving]:
+        """Run the comparison in Fastify; raises MissingError where there is no Node.js."""
+        folder = _HERE / "compared" / "fastify"
+        node, npm = _program("node"), _program("npm")
+        if not (folder / "node_modules").exists():
+            subprocess.run([npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"], cwd=folder, check=True)
+        port = _free_port()
+        with self._serving([node, str(folder / "server.mjs"), str(port)], port) as serving:
+            yield serving
+
+    @contextmanager
+    def go(self) -> Iterator[Serving]:
+        """Run Go's net/http with a constant answer on one core; raises MissingError where there is no Go."""
+        go = _program("go")
+        with tempfile.TemporaryDirectory(prefix="goodstanding-go-") as folder:
+            program = Path(folder) / "server"
+            source = _HERE / "compared" / "go" / "main.go"
+            subprocess.run([go, "build", "-o", str(program), str(source)], check=True)
+            port = _free_port()
+            with self._serving([str(program), str(port)], port, settings={"GOMAXPROCS": "1"}) as serving:
+                yield serving
+
+    @contextmanager
+    def _serving(
+        self, command: Sequence[str], port: int, *, pinned: bool = True, settings: Mapping[str, str] | None = None
+    ) -> Iterator[Serving]:
+        environment = {**_inherited(), **self.settings, **(settings or {})}
         process = subprocess.Popen(command, env=environment, cwd=_HERE.parent)
         self.cores.pin(process.pid, *((self.cores.measured,) if pinned else self.cores.both))
         serving = Serving(port, process)
@@ -277,6 +323,15 @@ def _inherited() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("GOODSTANDING_") and name not in {"DATABASE_URL", "REDIS_URL", "SUPABASE_JWT_SECRET"}
     }
+
+
+def _program(name: str) -> str:
+    """Find a program, first of all in this environment; raises MissingError."""
+    beside = Path(sys.executable).parent
+    found = shutil.which(name, path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise MissingError(name)
+    return found
 
 
 def _free_port() -> int:

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import redis
 
-from benchmarks.environment import USERS, Environment, Serving, finish, user_id
+from benchmarks.environment import USERS, Environment, MissingError, Serving, finish, user_id
 from benchmarks.load import Load, Result
 
 CONNECTIONS: Final = 64
@@ -71,60 +71,106 @@ class _Round:
 Measurement = Callable[[Environment, Effort], list[Figure]]
 
 
-def cached_read(env: Environment, effort: Effort) -> list[Figure]:
-    """Compare hits over HTTP with the plain way and with the bare server, one after the other in each round."""
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A figure: how often the requests per second of one server are those of another."""
+
+    name: str
+    server: str
+    other: str
+    at_least: float | None = None
+
+
+OURS: Final = "goodstanding"
+ASGI_ONLY: Final = "goodstanding without its protocol"
+REDIS_ONLY: Final = "goodstanding without its memory tier"
+COMPARED: Final = (
+    Compared("hot read / raw ASGI", OURS, "raw ASGI", 1.5),
+    Compared("hot read / Go's net/http, a constant answer", OURS, "go", 1.0),
+    Compared("hot read / plain FastAPI with redis.asyncio", OURS, "plain", 8.0),
+    Compared("hot read / FastAPI with cashews", OURS, "cashews", 8.0),
+    Compared("hot read / FastAPI with aiocache", OURS, "aiocache", 8.0),
+    Compared("hot read / FastAPI with fastapi-cache2", OURS, "fastapi-cache2", 8.0),
+    Compared("hot read / Fastify with ioredis", OURS, "fastify", 1.3),
+    Compared("hot read by the ASGI path alone / raw ASGI", ASGI_ONLY, "raw ASGI", 0.85),
+    Compared("read from Redis / raw ASGI", REDIS_ONLY, "raw ASGI", 0.7),
+    Compared("raw ASGI on granian / on uvicorn", "raw ASGI on granian", "raw ASGI"),
+)
+
+
+def hot_read(env: Environment, effort: Effort) -> list[Figure]:
+    """Compare hits over HTTP with what others do and with bare servers, one after the other in each round."""
     with ExitStack() as stack:
-        servers = {
-            "goodstanding": stack.enter_context(env.goodstanding()),
-            "plain": stack.enter_context(env.application("create_app", factory=True)),
-            "raw": stack.enter_context(env.application("raw", factory=False)),
-        }
-        hot = [user_id(number) for number in range(HOT_USERS)]
-        tokens = [env.token(user) for user in hot[:CONNECTIONS]]
-        requests = [
-            _get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)
-        ]
-        env.load(Load("closed", [servers["goodstanding"].port], requests, CONNECTIONS, seconds=1.0))
-        measured: dict[str, list[_Round]] = {name: [] for name in servers}
-        for number in range(-1, effort.rounds):
-            rounds = {name: _Round() for name in servers}
-            # In slices, so that whatever else the machine does meets all of them.
-            for _ in range(_SLICES):
-                for name, server in servers.items():
-                    cpu = server.cpu_seconds()
-                    result = env.load(
-                        Load("closed", [server.port], requests, CONNECTIONS, seconds=effort.seconds / _SLICES)
-                    )
-                    rounds[name].add(result, server.cpu_seconds() - cpu)
-            if number >= 0:
-                for name, one in rounds.items():
-                    measured[name].append(one)
-    if any(one.hits < one.requests for one in measured["goodstanding"]):
-        message = "a cached read that was no hit"
-        raise RuntimeError(message)
+        servers = {}
+        missing = []
+        for name, serving in {
+            OURS: env.goodstanding(),
+            ASGI_ONLY: env.application("goodstanding.main:create_app"),
+            REDIS_ONLY: env.goodstanding(settings={"GOODSTANDING_MEMORY_SECONDS": "0"}),
+            "raw ASGI": env.application("raw", factory=False),
+            "raw ASGI on granian": env.application("raw", factory=False, server="granian"),
+            "plain": env.application("plain"),
+            "cashews": env.application("with_cashews"),
+            "aiocache": env.application("with_aiocache"),
+            "fastapi-cache2": env.application("with_fastapi_cache"),
+            "fastify": env.fastify(),
+            "go": env.go(),
+        }.items():
+            try:
+                servers[name] = stack.enter_context(serving)
+            except MissingError as error:
+                missing.append(f"{name}: no {error} here")
+        requests = _hot_requests(env)
+        for server in servers.values():
+            env.load(Load("closed", [server.port], requests, CONNECTIONS, seconds=1.0))
+        measured = _in_turns(env, effort, servers, requests)
+    for name in (OURS, ASGI_ONLY, REDIS_ONLY):
+        if any(one.hits < one.requests for one in measured[name]):
+            message = f"a hot read of {name} that was no hit"
+            raise RuntimeError(message)
     rates = {name: [one.requests / one.seconds for one in rounds] for name, rounds in measured.items()}
-    costs = {name: [one.cpu / one.requests * 1_000_000 for one in rounds] for name, rounds in measured.items()}
     raw = {
         "requests_per_second": rates,
-        "server_microseconds_per_request": costs,
-        "p99_milliseconds": {
-            name: [statistics.quantiles(one.latencies, n=100)[98] for one in rounds]
-            for name, rounds in measured.items()
+        "server_microseconds_per_request": {
+            name: [one.cpu / one.requests * 1_000_000 for one in rounds] for name, rounds in measured.items()
         },
-        "generator_busy_at_most": max(one.busy for rounds in measured.values() for one in rounds),
+        "p99_milliseconds": {name: [_p99(one.latencies) for one in rounds] for name, rounds in measured.items()},
+        "generator_busy_at_most": {name: max(one.busy for one in rounds) for name, rounds in measured.items()},
+        "missing": missing,
     }
-    ratio = _ratios(rates["goodstanding"], rates["plain"])
-    return [
-        Figure(
-            "cached read / the plain way, requests per second",
-            ratio,
-            target=">= 2",
-            met=statistics.median(ratio) >= 2,
-            raw=raw,
-        ),
-        Figure("the same, in processor time of the server", _ratios(costs["plain"], costs["goodstanding"])),
-        Figure("cached read / raw ASGI, requests per second", _ratios(rates["goodstanding"], rates["raw"])),
-    ]
+    figures: list[Figure] = []
+    for each in COMPARED:
+        if each.server in rates and each.other in rates:
+            ratio = _ratios(rates[each.server], rates[each.other])
+            target = "" if each.at_least is None else f">= {each.at_least:g}"
+            met = None if each.at_least is None else statistics.median(ratio) >= each.at_least
+            figures.append(Figure(each.name, ratio, target=target, met=met, raw={} if figures else raw))
+    return figures
+
+
+def _hot_requests(env: Environment) -> list[str]:
+    hot = [user_id(number) for number in range(HOT_USERS)]
+    tokens = [env.token(user) for user in hot[:CONNECTIONS]]
+    return [_get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
+
+
+def _in_turns(
+    env: Environment, effort: Effort, servers: Mapping[str, Serving], requests: Sequence[str]
+) -> dict[str, list[_Round]]:
+    """Load one server after the other in slices, so that whatever else the machine does meets all of them."""
+    measured: dict[str, list[_Round]] = {name: [] for name in servers}
+    for _ in range(effort.rounds):
+        rounds = {name: _Round() for name in servers}
+        for _ in range(_SLICES):
+            for name, server in servers.items():
+                cpu = server.cpu_seconds()
+                result = env.load(
+                    Load("closed", [server.port], requests, CONNECTIONS, seconds=effort.seconds / _SLICES)
+                )
+                rounds[name].add(result, server.cpu_seconds() - cpu)
+        for name, one in rounds.items():
+            measured[name].append(one)
+    return measured
 
 
 def cold_read(env: Environment, effort: Effort) -> list[Figure]:
@@ -279,7 +325,7 @@ def token_check(env: Environment, effort: Effort) -> list[Figure]:
 
 
 MEASUREMENTS: Final[dict[str, Measurement]] = {
-    "cached": cached_read,
+    "hot": hot_read,
     "cold": cold_read,
     "hung": hung_redis,
     "fleet": one_load,
