@@ -218,6 +218,19 @@ class TestGuards:
         assert 200 == three.ask(way, f"POST {path} HTTP/1.1\r\nHost: a\r\n{service}\r\n".encode()).status
         assert b'"no_shows":0' not in three.get(way, user, headers).body
 
+    @pytest.mark.parametrize("way", ["lane", "protocol"])
+    def test_without_redis_this_process_answers_from_its_own_cache(self, backend: Backend, way: str) -> None:
+        """And the first change that it hears of shows."""
+        user, match = backend.match(completed=1)
+        with three_ways(backend, redis_url="") as three:
+            headers = bearer()
+            three.warm(user, headers)
+            three.passed.clear()
+            assert three.get(way, user, headers).headers["cache-status"].startswith("goodstanding; hit")
+            assert [] == three.passed
+            backend.session(match, "no_show")
+            wait_until(lambda: b'"no_shows":1' in three.get(way, user, headers).body)
+
     def test_an_old_entry_is_left_to_the_service_which_refreshes_it(self, backend: Backend) -> None:
         """From 80 % of an entry's life on the fast ways look away, and the answer stays the same."""
         user = backend.user(completed=1)

@@ -35,7 +35,7 @@ from goodstanding.errors import (
     UnsupportedMediaTypeError,
 )
 from goodstanding.limits import LimitKind, RateLimiter
-from goodstanding.memory import MemoryTier
+from goodstanding.memory import Memory
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
@@ -83,7 +83,7 @@ class Runtime:
     authenticator: Authenticator
     limiter: RateLimiter
     subscribers: Subscribers
-    memory: MemoryTier | None
+    memory: Memory | None
     key_set: KeySet | None
     hears: Callable[[], bool]
     """Tells whether a relay was heard just now."""

@@ -31,7 +31,7 @@ from goodstanding.errors import ConfigurationError, InvalidInputError, Temporari
 from goodstanding.fast_lane import FastLane
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
-from goodstanding.memory import MemoryCache, MemoryTier
+from goodstanding.memory import Memory, MemoryCache, MemoryTier
 from goodstanding.metrics import forget_ended_processes
 from goodstanding.policy import ReputationPolicy
 from goodstanding.reputation_service import ReputationService
@@ -56,7 +56,7 @@ class Opened:
     service: ReputationService
     history: SessionHistory
     counters: SharedCounters | None
-    memory: MemoryTier | None
+    memory: Memory | None
     freshness: Freshness
     heard: list[Heard]
     """Called with whose counts changed, as long as the service is open; more may be added."""
@@ -76,12 +76,12 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
     announcer = Announcer()
     async with AsyncExitStack() as stack:
         cache: Cache
-        tier: MemoryTier | None = None
+        memory: Memory | None = None
         redis: RedisCache | None = None
         if settings.redis_url.get_secret_value():
             cache = redis = await stack.enter_async_context(_open_redis(settings, oldest=oldest))
             if live and settings.memory_seconds:
-                cache = tier = MemoryTier(
+                cache = memory = tier = MemoryTier(
                     below=redis,
                     lives=lives,
                     capacity=settings.memory_entries,
@@ -91,10 +91,10 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
                 )
                 heard.append(tier.evict)
         else:
-            cache = memory = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
+            cache = memory = alone = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
             if live and settings.session_database() is not None:
-                memory.announce = announcer.say
-                heard.append(memory.evict)
+                alone.announce = announcer.say
+                heard.append(alone.evict)
         history = await stack.enter_async_context(
             SessionHistory.open(
                 settings.require_database(),
@@ -121,7 +121,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
             for work in _follow(settings, history, redis, announcer, Broadcast(freshness, heard)):
                 spawn(work)
             spawn(_tell_freshness(freshness))
-        yield Opened(service, history, redis, tier, freshness, heard)
+        yield Opened(service, history, redis, memory, freshness, heard)
 
 
 def _lives(settings: Settings) -> Lives:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import Final, Protocol
 
 from goodstanding.cache import Cache
 from goodstanding.data import Clock, UserId
@@ -19,12 +19,27 @@ async def _nobody(_users: Sequence[UserId] | None) -> None:
     """Tell nobody: there is no other process."""
 
 
+@dataclass(slots=True, eq=False)
+class Kept:
+    """What is served of a user `until` a moment of the monotonic clock; `prepared` is its reader's own."""
+
+    entry: Entry
+    until: float
+    prepared: object = None
+
+
+class Memory(Protocol):
+    """Something that keeps values in this process."""
+
+    def peek(self, user_id: str) -> Kept | None:
+        """Give what is served of a user at this moment, if anything is; any text may be asked for."""
+
+
 @dataclass(slots=True)
 class _Slot:
     """What is remembered about one user; moments are in seconds of the monotonic clock."""
 
-    entry: Entry | None = None
-    entry_until: float = 0.0
+    kept: Kept | None = None
     last_good: Entry | None = None
     last_good_until: float = 0.0
     lease: str | None = None
@@ -44,7 +59,7 @@ class MemoryCache:
     announce: Callable[[Sequence[UserId] | None], Awaitable[None]] = _nobody
     oldest: Callable[[], datetime | None] = lambda: None
     monotonic: Callable[[], float] = time.monotonic
-    _slots: OrderedDict[UserId, _Slot] = field(default_factory=OrderedDict)
+    _slots: OrderedDict[str, _Slot] = field(default_factory=OrderedDict)
 
     @property
     def available(self) -> bool:
@@ -62,8 +77,18 @@ class MemoryCache:
                 found.append(Fetched(None, None))
                 continue
             self._slots.move_to_end(user)
-            found.append(Fetched(_served(slot, now, oldest), slot.lease if now < slot.lease_until else None))
+            kept = _served(slot, now, oldest)
+            lease = slot.lease if now < slot.lease_until else None
+            found.append(Fetched(kept.entry if kept is not None else None, lease))
         return found
+
+    def peek(self, user_id: str) -> Kept | None:
+        """Give what is served of a user at this moment, if anything is; any text may be asked for."""
+        slot = self._slots.get(user_id)
+        if slot is None:
+            return None
+        self._slots.move_to_end(user_id)
+        return _served(slot, self.monotonic(), self.oldest())
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
         """Read the last known good copies."""
@@ -97,8 +122,7 @@ class MemoryCache:
             holds = slot is not None and slot.lease == token and now < slot.lease_until
             if slot is not None and holds:
                 known = entry.body is not None
-                slot.entry = entry
-                slot.entry_until = now + (self.lives.value if known else self.lives.unknown) / 1000
+                slot.kept = Kept(entry, now + (self.lives.value if known else self.lives.unknown) / 1000)
                 slot.last_good = entry if known else None
                 slot.last_good_until = now + self.lives.last_good / 1000
                 slot.lease = None
@@ -120,7 +144,7 @@ class MemoryCache:
     async def invalidate_all(self) -> int:
         """Forget everybody, here and everywhere; gives the number of values that were still served here."""
         now = self.monotonic()
-        dropped = sum(slot.entry is not None and now < slot.entry_until for slot in self._slots.values())
+        dropped = sum(slot.kept is not None and now < slot.kept.until for slot in self._slots.values())
         self.evict(None)
         await self.announce(None)
         return dropped
@@ -142,21 +166,11 @@ class MemoryCache:
         return slot
 
 
-def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
-    entry = slot.entry
-    if entry is None or now >= slot.entry_until or (oldest is not None and entry.computed_at < oldest):
+def _served(slot: _Slot, now: float, oldest: datetime | None) -> Kept | None:
+    kept = slot.kept
+    if kept is None or now >= kept.until or (oldest is not None and kept.entry.computed_at < oldest):
         return None
-    return entry
-
-
-@dataclass(slots=True, eq=False)
-class Kept:
-    """What the memory tier keeps of a user `until` a moment of the monotonic clock; `prepared` is its reader's own."""
-
-    entry: Entry
-    fetched: Fetched
-    until: float
-    prepared: object = None
+    return kept
 
 
 @dataclass(slots=True)
@@ -194,7 +208,7 @@ class MemoryTier:
         for user in user_ids:
             kept = self._kept.get(user)
             if kept is not None and now < kept.until:
-                found[user] = kept.fetched
+                found[user] = Fetched(kept.entry, None)
         missing = [user for user in user_ids if user not in found]
         if missing:
             asked = self._events
@@ -205,7 +219,7 @@ class MemoryTier:
         return [found[user] for user in user_ids]
 
     def peek(self, user_id: str) -> Kept | None:
-        """Give what is kept of a user at this moment; any text may be asked for."""
+        """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         kept = self._kept.get(user_id)
         return kept if kept is not None and self.monotonic() < kept.until and self.trusted() else None
 
@@ -269,7 +283,7 @@ class MemoryTier:
             return
         life = self.lives.unknown if entry.body is None else self.lives.value
         left = life / 1000 - (self.clock() - entry.computed_at).total_seconds()
-        self._kept[user_id] = Kept(entry, Fetched(entry, None), self.monotonic() + min(self.seconds, left))
+        self._kept[user_id] = Kept(entry, self.monotonic() + min(self.seconds, left))
         self._kept.move_to_end(user_id)
         if len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
