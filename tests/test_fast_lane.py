@@ -219,16 +219,18 @@ class TestGuards:
         assert b'"no_shows":0' not in three.get(way, user, headers).body
 
     @pytest.mark.parametrize("way", ["lane", "protocol"])
-    def test_without_redis_this_process_answers_from_its_own_cache(self, backend: Backend, way: str) -> None:
+    def test_without_redis_this_process_answers_from_its_own_cache(
+        self, postgres: Postgres, valkey: Valkey, template: str, way: str
+    ) -> None:
         """And the first change that it hears of shows."""
-        user, match = backend.match(completed=1)
-        with three_ways(backend, redis_url="") as three:
+        with open_backend(postgres, valkey, template) as alone, three_ways(alone, redis_url="") as three:
+            user, match = alone.match(completed=1)
             headers = bearer()
             three.warm(user, headers)
             three.passed.clear()
             assert three.get(way, user, headers).headers["cache-status"].startswith("goodstanding; hit")
             assert [] == three.passed
-            backend.session(match, "no_show")
+            alone.session(match, "no_show")
             wait_until(lambda: b'"no_shows":1' in three.get(way, user, headers).body)
 
     def test_an_old_entry_is_left_to_the_service_which_refreshes_it(self, backend: Backend) -> None:
