@@ -306,11 +306,12 @@ async def _sample(postgres: Postgres) -> str:
     await admin.execute(_HOST_SQL.read_text("utf-8"))
     await admin.close()
     owner_url = postgres.url("app", user="host_owner", password=_PASSWORD)
-    await upgrade(owner_url)
     owner = await asyncpg.connect(owner_url)
     # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
     for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
         await owner.execute(statement)
+    await upgrade(owner_url)  # after the data: everybody is counted, and no change waits
+    await owner.execute("vacuum analyze reputation.tallies")
     await owner.execute("grant goodstanding_service to app_login")
     await owner.close()
     return postgres.url("app", user="app_login", password=_PASSWORD)

@@ -150,12 +150,14 @@ class TestSameAnswers:
         headers = bearer()
         three.warm(people["gold"], headers)
         three.passed.clear()
+        three.hits.clear()
         for way in ("lane", "protocol"):
             for method in ("GET", "HEAD"):
                 answer = three.get(way, people["gold"], headers, method)
                 assert 200 == answer.status
                 assert answer.headers["cache-status"].startswith("goodstanding; hit; ttl=")
         assert [] == three.passed
+        assert [people["gold"]] == three.hits, "the protocol did not answer GET"
 
     def test_every_way_is_counted_alike(self, three: Three, people: dict[str, UserId]) -> None:
         """A hit is one request in the metrics, whichever way it took."""

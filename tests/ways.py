@@ -4,7 +4,7 @@ import asyncio
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from goodstanding import main
+from goodstanding.fast_lane import Headers, Hit, Visitor
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
 from tests.serving import SINGLE, Backend, RawAnswer, raw_exchange, wait_until
@@ -43,6 +44,8 @@ class Three:
     urls: Mapping[str, str]
     passed: list[str]
     """The paths that the fast lane left to the application."""
+    hits: list[str]
+    """Whose reputations the protocol answered by itself."""
 
     def ask(self, way: str, request: bytes) -> RawAnswer:
         """Send bytes as they are, and read the answer."""
@@ -78,6 +81,16 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
         await inner(scope, receive, send)
 
     app.lane._app = noted  # noqa: SLF001 - see above
+    hits: list[str] = []
+    hit = app.lane.hit
+
+    def noted_hit(user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]) -> Hit | None:
+        found = hit(user, headers, visitor, elsewhere)
+        if found is not None:
+            hits.append(user)
+        return found
+
+    app.lane.hit = noted_hit  # type: ignore[method-assign] # noted on the way
     listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in WAYS}
     configs = {
         "protocol": uvicorn.Config(app, lifespan="on", http=HotProtocol),
@@ -100,7 +113,7 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
     wait_until(lambda: all(server.started for server in servers.values()) or not thread.is_alive())
     urls = {way: f"http://127.0.0.1:{listener.getsockname()[1]}" for way, listener in listeners.items()}
     try:
-        yield Three(app, clock, urls, passed)
+        yield Three(app, clock, urls, passed, hits)
     finally:
         for server in servers.values():
             server.should_exit = True

@@ -71,6 +71,9 @@ class Prepared:
         self.body = bytes(response.body)
 
 
+Hit = tuple[Prepared, Asked]
+
+
 class FastLane:
     """An application in front of `app`. `runtime` gives what the routes work with, or None while nothing runs.
 
@@ -117,9 +120,7 @@ class FastLane:
                     return
         await self._app(scope, receive, send)
 
-    def hit(
-        self, user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]
-    ) -> tuple[Prepared, Asked] | None:
+    def hit(self, user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]) -> Hit | None:
         """Give the response from this process's memory, counted as a request; None: it takes more than that.
 
         `visitor` is who asked before on the same connection.

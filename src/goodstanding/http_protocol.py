@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from goodstanding.fast_lane import LENGTH, START, FastLane, Visitor
 
 _START: Final = START.encode()
-_USED: Final = ("cycle", "flow", "headers", "parser", "pipeline", "server_state", "transport", "url")
+_USED: Final = ("app", "cycle", "flow", "headers", "parser", "pipeline", "server_state", "transport", "url")
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
@@ -20,17 +20,25 @@ class HotProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the server gives
         super().__init__(*args, **kwargs)
-        lane = getattr(self.app, "lane", None)
-        known = all(hasattr(self, name) for name in _USED)
-        self._lane: FastLane | None = lane if known and isinstance(lane, FastLane) else None
+        self._lane: FastLane | None = None
+        self._looked = False
         self._visitor: Visitor | None = None
         self._answered = False
 
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
+        if not self._looked:
+            self._look()
         lane = self._lane
         if lane is None or len(self.url) != LENGTH or not self.url.startswith(_START) or not self._hit(lane):
             super().on_headers_complete()
+
+    def _look(self) -> None:
+        """See in the first request whether there is a fast lane, and all that is used of the server."""
+        self._looked = True
+        lane = getattr(self.app, "lane", None)
+        if isinstance(lane, FastLane) and all(hasattr(self, name) for name in _USED):
+            self._lane = lane
 
     def _hit(self, lane: FastLane) -> bool:
         began = time.perf_counter()
