@@ -34,6 +34,10 @@ class Clock:
         """Give the moment."""
         return self.now
 
+    def seconds(self) -> float:
+        """Give it in seconds since 1970."""
+        return self.now.timestamp()
+
 
 @dataclass(slots=True)
 class Three:
@@ -127,6 +131,7 @@ def three_ways(backend: Backend, **overrides: object) -> Iterator[Three]:
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "utc_now", clock)
+        patch.setattr(main, "unix_now", clock.seconds)
         app = create_app(backend.settings(**overrides))
         assert isinstance(app, Application)
         with _serving(app, clock) as three:

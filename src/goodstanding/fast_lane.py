@@ -3,9 +3,11 @@
 It answers what the route of api.py answers, byte for byte, and leaves to that route whatever else is asked.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Final
 
 from prometheus_client import Histogram
@@ -14,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from goodstanding.api import METRIC_SOURCES, READ_PATH, Runtime, outcome, represent, request_id
 from goodstanding.auth import Role
-from goodstanding.data import Clock, parse_user_id
+from goodstanding.data import parse_user_id
 from goodstanding.errors import GoodstandingError
 from goodstanding.limits import LimitKind
 from goodstanding.memory import Kept
@@ -31,6 +33,9 @@ _METHODS: Final = frozenset({"GET", "HEAD"})
 _READERS: Final = frozenset({Role.AUTHENTICATED, Role.SERVICE_ROLE})
 _SAID: Final = frozenset({b"authorization", b"if-none-match", b"x-request-id"})
 _HITS: Final = CACHE_READS.labels("hit")
+_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+_MOST_HEADS: Final = 4096
+_LONGEST_HEAD: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +50,22 @@ class Visitor:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request says: who asks, how it is called, and what the caller has already."""
+    """What a request's headers say: who asks, how the request is called, and what the caller has already."""
 
     visitor: Visitor
-    request_id: bytes
+    called: str | None
     conditions: tuple[bytes, ...]
+
+    def request_id(self) -> bytes:
+        """Give the request's id: another one each time, where the caller gave it none."""
+        return request_id(self.called).encode()
 
 
 class Prepared:
-    """A hit's response, but for the request's id, that stays the same for a second; `lines` are headers as sent.
+    """A hit's response, but for the request's id, that stays the same for a second.
 
-    `expires` and `due` (to be refreshed) are in seconds since 1970.
+    `lines` is what is sent before the body, but for the server's own headers. `expires` and `due` (to be refreshed) are
+    in seconds since 1970.
     """
 
     __slots__ = ("body", "due", "expires", "headers", "lines", "status", "ttl")
@@ -67,7 +77,8 @@ class Prepared:
         self.due = due
         self.status = response.status_code
         self.headers = response.raw_headers
-        self.lines = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+        self.lines = b"HTTP/1.1 %d %s\r\n" % (response.status_code, _PHRASES[response.status_code])
+        self.lines += b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
         self.body = bytes(response.body)
 
 
@@ -81,13 +92,20 @@ class FastLane:
     """
 
     def __init__(
-        self, app: ASGIApp, runtime: Callable[[], Runtime | None], *, clock: Clock, elsewhere: Collection[bytes]
+        self,
+        app: ASGIApp,
+        runtime: Callable[[], Runtime | None],
+        *,
+        now: Callable[[], float],
+        elsewhere: Collection[bytes],
     ) -> None:
         self._app = app
         self._runtime = runtime
-        self._clock = clock
+        self._now = now
         self._elsewhere = elsewhere
         self._metrics: dict[tuple[str, int, str], Histogram] = {}
+        self._untold: list[tuple[str, int, float]] = []
+        self._heads: dict[bytes, Asked] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application answer."""
@@ -102,39 +120,72 @@ class FastLane:
             and not scope["root_path"]
         ):
             began = time.perf_counter()
-            now = self._clock().timestamp()
+            now = self._now()
             user = scope["path"][-36:]
             asked = self._asked(runtime, scope["headers"], now)
             if asked is not None:
                 prepared = _remembered(runtime, user, asked, now)
                 if prepared is not None:
-                    headers = [*prepared.headers, (b"x-request-id", asked.request_id)]
+                    headers = [*prepared.headers, (b"x-request-id", asked.request_id())]
                     await send({"type": "http.response.start", "status": prepared.status, "headers": headers})
                     await send({"type": "http.response.body", "body": prepared.body})
-                    self.observe(scope["method"], prepared.status, "cache", time.perf_counter() - began)
+                    self.note_hit(scope["method"], prepared.status, time.perf_counter() - began)
                     return
-                response, source = await _read(runtime, user, asked, now)
+                called = request_id(asked.called)
+                response, source = await _read(runtime, user, asked, called, now)
                 if response is not None:
                     await response(scope, receive, send)
-                    self.observe(scope["method"], response.status_code, source, time.perf_counter() - began)
+                    self._observe(scope["method"], response.status_code, source, time.perf_counter() - began)
                     return
         await self._app(scope, receive, send)
 
     def hit(self, user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]) -> Hit | None:
-        """Give the response from this process's memory, counted as a request; None: it takes more than that.
+        """Give the response from this process's memory, within the caller's limit; None: it takes more than that.
 
         `visitor` is who asked before on the same connection.
         """
         runtime = self._runtime()
         if runtime is None:
             return None
-        now = self._clock().timestamp()
+        now = self._now()
         asked = self._asked(runtime, headers, now, visitor, elsewhere)
         prepared = _remembered(runtime, user, asked, now) if asked is not None else None
         return (prepared, asked) if asked is not None and prepared is not None else None
 
-    def observe(self, method: str, status: int, source: str, seconds: float) -> None:
-        """Note what a request took."""
+    def learn(self, head: bytes, asked: Asked) -> None:
+        """Remember what a parser made of a request's bytes, from its path on, so that they need not be parsed again."""
+        if len(head) <= _LONGEST_HEAD and asked.called is None and head not in self._heads:
+            if len(self._heads) >= _MOST_HEADS:
+                del self._heads[next(iter(self._heads))]
+            self._heads[head] = asked
+
+    def repeated(self, user: str, head: bytes) -> Hit | None:
+        """Give the response to a request whose bytes are known, as `hit` does."""
+        asked = self._heads.get(head)
+        if asked is None:
+            return None
+        runtime = self._runtime()
+        now = self._now()
+        visitor = asked.visitor
+        if runtime is None or now >= visitor.expires or visitor.keys is not runtime.authenticator.keys:
+            del self._heads[head]
+            return None
+        prepared = _remembered(runtime, user, asked, now)
+        return (prepared, asked) if prepared is not None else None
+
+    def note_hit(self, method: str, status: int, seconds: float) -> None:
+        """Note a hit that `hit` or `repeated` gave. The metrics learn of all hits of this moment together."""
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold.append((method, status, seconds))
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
+        _HITS.inc(len(untold))
+        for method, status, seconds in untold:
+            self._observe(method, status, "cache", seconds)
+
+    def _observe(self, method: str, status: int, source: str, seconds: float) -> None:
         labels = (method, status, source)
         metric = self._metrics.get(labels)
         if metric is None:
@@ -172,8 +223,8 @@ class FastLane:
                 return None
             rate_key = runtime.authenticator.rate_key(caller, (), None)
             visitor = Visitor(credentials, rate_key, caller.expires.timestamp(), runtime.authenticator.keys)
-        called = request_id(said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None)
-        return Asked(visitor, called.encode(), (said[b"if-none-match"],) if b"if-none-match" in said else ())
+        called = said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None
+        return Asked(visitor, called, (said[b"if-none-match"],) if b"if-none-match" in said else ())
 
 
 def _remembered(runtime: Runtime, user: str, asked: Asked, now: float) -> Prepared | None:
@@ -191,7 +242,6 @@ def _remembered(runtime: Runtime, user: str, asked: Asked, now: float) -> Prepar
         runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
     except GoodstandingError:
         return None  # the route refuses it, and says why
-    _HITS.inc()
     ttl = int(prepared.expires - now)
     if asked.conditions or ttl != prepared.ttl:
         answer = Answer(kept.entry, Source.HIT, ttl)
@@ -210,7 +260,7 @@ def _prepare(service: ReputationService, kept: Kept, now: float) -> Prepared | N
     return prepared
 
 
-async def _read(runtime: Runtime, user: str, asked: Asked, now: float) -> tuple[Response | None, str]:
+async def _read(runtime: Runtime, user: str, asked: Asked, called: str, now: float) -> tuple[Response | None, str]:
     """Answer as the route does; None: that is for the route, since it is not even a request that counts."""
     try:
         user_id = parse_user_id(user)
@@ -225,4 +275,4 @@ async def _read(runtime: Runtime, user: str, asked: Asked, now: float) -> tuple[
         source = METRIC_SOURCES.get(answer.source, "database")
         return represent(answer, asked.conditions)
 
-    return await outcome(work(), READ_PATH, asked.request_id.decode()), source
+    return await outcome(work(), READ_PATH, called), source

@@ -1,17 +1,26 @@
 """uvicorn's HTTP protocol, with the fast lane's hits answered before there is a task, a scope or a message.
 
 Everything else goes the server's own way. So does everything where the server is not the one that this was written for.
+Nothing is parsed in here: the bytes of a request, all but whose reputation it asks for, are looked up among those that
+the server's parser has been through before.
 """
 
 import time
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from goodstanding.fast_lane import LENGTH, START, FastLane, Visitor
+from goodstanding.fast_lane import LENGTH, START, Asked, FastLane, Hit, Visitor
 
 _START: Final = START.encode()
-_USED: Final = ("app", "cycle", "flow", "headers", "parser", "pipeline", "server_state", "transport", "url")
+_GET: Final = b"GET " + _START
+_USER: Final = slice(len(_GET), len(_GET) + LENGTH - len(_START))
+_HEAD: Final = slice(_USER.stop, None)
+_END: Final = b"\r\n\r\n"
+_USED: Final = (
+    *("app", "cycle", "flow", "headers", "loop", "parser", "server_state", "timeout_keep_alive"),
+    *("timeout_keep_alive_handler", "timeout_keep_alive_task", "transport", "url"),
+)
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
@@ -23,7 +32,37 @@ class HotProtocol(HttpToolsProtocol):
         self._lane: FastLane | None = None
         self._looked = False
         self._visitor: Visitor | None = None
-        self._answered = False
+        self._answered: Asked | None = None
+        self._last: list[Asked] = []
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._lines = b""
+        self._rested = float("-inf")
+        self._begun = 0
+        self._completed = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Answer at once a request that is known by its bytes."""
+        lane, begun = self._lane, self._begun
+        if lane is None or begun != self._completed or not data.startswith(_GET):
+            super().data_received(data)
+            return
+        if self._is_idle():
+            began = time.perf_counter()
+            hit = lane.repeated(data[_USER].decode("latin-1"), data[_HEAD])
+            if hit is not None:
+                self._send(lane, hit, began)
+                self._rest()
+                return
+        self._last.clear()
+        super().data_received(data)
+        if self._last and begun + 1 == self._begun == self._completed and data.endswith(_END):
+            # One request, whole and alone.
+            lane.learn(data[_HEAD], *self._last)
+
+    def on_message_begin(self) -> None:
+        """Count what was begun."""
+        self._begun += 1
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
@@ -33,6 +72,16 @@ class HotProtocol(HttpToolsProtocol):
         if lane is None or len(self.url) != LENGTH or not self.url.startswith(_START) or not self._hit(lane):
             super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        """Go on with the connection's next request."""
+        self._completed += 1
+        if self._answered is not None:
+            self._last[:] = [self._answered]
+            self._answered = None
+            self.on_response_complete()
+        else:
+            super().on_message_complete()
+
     def _look(self) -> None:
         """See in the first request whether there is a fast lane, and all that is used of the server."""
         self._looked = True
@@ -40,37 +89,55 @@ class HotProtocol(HttpToolsProtocol):
         if isinstance(lane, FastLane) and all(hasattr(self, name) for name in _USED):
             self._lane = lane
 
-    def _hit(self, lane: FastLane) -> bool:
-        began = time.perf_counter()
+    def _is_idle(self) -> bool:
+        """Tell whether nothing is under way on this connection, and the client reads."""
         # The server does not say that there may be none.
         cycle: RequestResponseCycle | None = self.cycle
+        return (cycle is None or cycle.response_complete) and not self.flow.write_paused
+
+    def _hit(self, lane: FastLane) -> bool:
+        began = time.perf_counter()
+        parser = self.parser
         if (
-            self.parser.get_method() != b"GET"
-            or (cycle is not None and not cycle.response_complete)
-            or self.flow.write_paused
-            or not self.parser.should_keep_alive()
-            or self.parser.should_upgrade()
-            or self.parser.get_http_version() != "1.1"
+            parser.get_method() != b"GET"
+            or not self._is_idle()
+            or not parser.should_keep_alive()
+            or parser.should_upgrade()
+            or parser.get_http_version() != "1.1"
         ):
             return False
-        hit = lane.hit(self.url[-36:].decode("ascii", "replace"), self.headers, self._visitor, _ELSEWHERE)
+        hit = lane.hit(self.url[-36:].decode("latin-1"), self.headers, self._visitor, _ELSEWHERE)
         if hit is None:
             return False
-        prepared, asked = hit
-        self._visitor = asked.visitor
-        lines = [STATUS_LINE[prepared.status]]
-        for name, value in self.server_state.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        lines += (prepared.lines, b"x-request-id: ", asked.request_id, b"\r\n\r\n", prepared.body)
-        self.transport.write(b"".join(lines))
-        lane.observe("GET", prepared.status, "cache", time.perf_counter() - began)
-        self._answered = True
+        self._answered = hit[1]
+        self._visitor = hit[1].visitor
+        self._send(lane, hit, began)
         return True
 
-    def on_message_complete(self) -> None:
-        """Go on with the connection's next request."""
-        if self._answered:
-            self._answered = False
-            self.on_response_complete()
+    def _send(self, lane: FastLane, hit: Hit, began: float) -> None:
+        prepared, asked = hit
+        headers = self.server_state.default_headers
+        if headers is not self._headers:
+            self._headers = headers
+            self._lines = b"".join(b"%s: %s\r\n" % header for header in headers)
+        self.transport.write(
+            b"".join((prepared.lines, self._lines, b"x-request-id: ", asked.request_id(), _END, prepared.body))
+        )
+        lane.note_hit("GET", prepared.status, time.perf_counter() - began)
+
+    def _rest(self) -> None:
+        """Do what the server does after a response; but its timer is left to run, and looks when it rings."""
+        self.server_state.total_requests += 1
+        self._rested = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection, unless a hit was answered since the timer was set."""
+        left = self._rested + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         else:
-            super().on_message_complete()
+            super().timeout_keep_alive_handler()
