@@ -131,7 +131,25 @@ class Environment:
             yield serving
 
     @contextmanager
-    def application(self, name: str, *, factory: bool = True, server: str = "uvicorn") -> Iterator[Serving]:
+    def relay(self) -> Iterator[None]:
+        """Run `goodstanding relay` on the other core."""
+        command = [str(Path(sys.executable).with_name("goodstanding")), "relay"]
+        process = subprocess.Popen(command, env={**_inherited(), **self.settings}, cwd=_HERE.parent)
+        self.cores.pin(process.pid, self.cores.rest)
+        try:
+            yield
+        finally:
+            _end(process)
+
+    @contextmanager
+    def application(
+        self,
+        name: str,
+        *,
+        factory: bool = True,
+        server: str = "uvicorn",
+        settings: Mapping[str, str] | None = None,
+    ) -> Iterator[Serving]:
         """Run an application of compared/plain.py, or `module:name`, with uvicorn as ours runs, or with granian."""
         port = _free_port()
         target = name if ":" in name else f"benchmarks.compared.plain:{name}"
@@ -143,7 +161,7 @@ class Environment:
             *(sys.executable, "-m", server, target, "--host", HOST, "--port", str(port)),
             *(*options, *(("--factory",) if factory else ())),
         ]
-        with self._serving(command, port) as serving:
+        with self._serving(command, port, settings=settings) as serving:
             yield serving
 
     @contextmanager
@@ -181,12 +199,7 @@ class Environment:
             _wait_for(serving)
             yield serving
         finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(_STOP_SECONDS)
+            _end(process)
 
     def load(self, load: Load) -> Result:
         """Run a load in a process of its own and wait for its result."""
@@ -324,6 +337,15 @@ def _inherited() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("GOODSTANDING_") and name not in {"DATABASE_URL", "REDIS_URL", "SUPABASE_JWT_SECRET"}
     }
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_STOP_SECONDS)
 
 
 def _program(name: str) -> str:
