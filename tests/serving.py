@@ -243,16 +243,23 @@ class RawAnswer:
     body: bytes
 
 
-def raw_exchange(url: str, request: bytes) -> RawAnswer:
-    """Send bytes as they are, and read one answer; fails when there is none."""
+def raw_exchange(url: str, request: bytes, *, times: int = 1) -> RawAnswer:
+    """Send bytes as they are, and read one answer; fails when there is none.
+
+    So many `times` on one connection, as long as the server leaves it open; gives the last answer.
+    """
     address = httpx2.URL(url)
     with socket.create_connection((address.host, address.port or 80), timeout=_DEADLINE) as connection:
-        # A server may answer, and close, before it has read everything.
-        with suppress(ConnectionError):
-            connection.sendall(request)
-        answer = HTTPResponse(connection, method=request.partition(b" ")[0].decode("latin-1"))
-        answer.begin()
-        return RawAnswer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+        while True:
+            # A server may answer, and close, before it has read everything.
+            with suppress(ConnectionError):
+                connection.sendall(request)
+            answer = HTTPResponse(connection, method=request.partition(b" ")[0].decode("latin-1"))
+            answer.begin()
+            body = answer.read()
+            times -= 1
+            if times == 0 or answer.will_close:
+                return RawAnswer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
 
 
 def free_port() -> int:

@@ -2,14 +2,17 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPResponse
 
 import pytest
 
 from goodstanding import http_protocol
 from goodstanding.data import UserId
 from goodstanding.embedded import Postgres, Valkey
-from tests.serving import GONE, SINGLE, Backend, bearer, open_backend
+from tests.serving import GONE, SINGLE, Backend, RawAnswer, bearer, open_backend
 from tests.ways import Three, comparable, three_ways
 
 
@@ -59,6 +62,40 @@ class TestProtocol:
         assert 10_000 == len(texts)
         assert {body} == set(texts)
 
+    def test_a_request_that_is_known_may_come_in_pieces(self, three: Three, people: dict[str, UserId]) -> None:
+        """Its bytes are only looked up whole; whatever comes in pieces is parsed."""
+        headers = bearer()
+        three.warm(people["gold"], headers)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        request = f"GET {SINGLE.format(people['gold'])} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode()
+        expected = comparable(three.ask("repeated", request))
+        with _connected(three.urls["protocol"]) as connection:
+            for cut in (0, 10, 60, 61, 70, len(request) - 4, len(request) - 1, 0):
+                connection.sendall(request[:cut])
+                time.sleep(0.01)
+                connection.sendall(request[cut:])
+                answer = HTTPResponse(connection)
+                answer.begin()
+                body = answer.read()
+                assert expected == comparable(
+                    RawAnswer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
+                )
+
+    def test_an_idle_connection_is_closed_after_the_last_answer(self, three: Three, people: dict[str, UserId]) -> None:
+        """The server's timer runs from the last hit, not from the first."""
+        headers = bearer()
+        three.warm(people["gold"], headers)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        request = f"GET {SINGLE.format(people['gold'])} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode()
+        with _connected(three.urls["protocol"]) as connection:
+            for _ in range(8):
+                connection.sendall(request)
+                assert connection.recv(10_000).startswith(b"HTTP/1.1 200 OK")
+                time.sleep(0.2)
+            began = time.monotonic()
+            assert b"" == connection.recv(10_000)
+            assert 0.5 < time.monotonic() - began < 5
+
     def test_a_server_whose_insides_differ_takes_its_own_way(
         self, three: Three, people: dict[str, UserId], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -70,13 +107,19 @@ class TestProtocol:
         assert expected == comparable(three.get("protocol", people["gold"], headers))
 
 
+@contextmanager
+def _connected(url: str) -> Iterator[socket.socket]:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        yield connection
+
+
 def _pipelined(url: str, users: list[str], headers: Mapping[str, str]) -> list[bytes]:
     """Send all requests before anything is read; gives the bodies."""
-    host, _, port = url.removeprefix("http://").partition(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     requests = b"".join(f"GET {SINGLE.format(user)} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode() for user in users)
     bodies: list[bytes] = []
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with _connected(url) as connection:
         sender = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)
         sender.start()
         stream = connection.makefile("rb")

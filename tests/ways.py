@@ -15,12 +15,15 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from goodstanding import main
-from goodstanding.fast_lane import Headers, Hit, Visitor
+from goodstanding.fast_lane import Headers, Hit
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
 from tests.serving import SINGLE, Backend, RawAnswer, raw_exchange, wait_until
 
-WAYS: Final = ("route", "lane", "protocol")
+WAYS: Final = ("route", "lane", "protocol", "repeated")
+"""`repeated` is the protocol when it has seen the same bytes before, on the same connection."""
+
+_SERVERS: Final = ("route", "lane", "protocol")
 _OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,6 +56,8 @@ class Three:
 
     def ask(self, way: str, request: bytes) -> RawAnswer:
         """Send bytes as they are, and read the answer."""
+        if way == "repeated":
+            return raw_exchange(self.urls["protocol"], request, times=3)
         return raw_exchange(self.urls[way], request)
 
     def get(self, way: str, user: str, headers: Mapping[str, str], method: str = "GET") -> RawAnswer:
@@ -86,16 +91,21 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
 
     app.lane._app = noted  # noqa: SLF001 - see above
     hits: list[str] = []
-    hit = app.lane.hit
+    hit, repeated = app.lane.hit, app.lane.repeated
 
-    def noted_hit(user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]) -> Hit | None:
-        found = hit(user, headers, visitor, elsewhere)
-        if found is not None:
-            hits.append(user)
+    def noted_hit(user: str, headers: Headers, elsewhere: Collection[bytes]) -> Hit | None:
+        found = hit(user, headers, elsewhere)
+        hits.extend([user] if found is not None else [])
+        return found
+
+    def noted_repeated(user: str, head: bytes) -> Hit | None:
+        found = repeated(user, head)
+        hits.extend([user] if found is not None else [])
         return found
 
     app.lane.hit = noted_hit  # type: ignore[method-assign] # noted on the way
-    listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in WAYS}
+    app.lane.repeated = noted_repeated  # type: ignore[method-assign] # the same
+    listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in _SERVERS}
     configs = {
         "protocol": uvicorn.Config(app, lifespan="on", http=HotProtocol),
         "lane": uvicorn.Config(app, lifespan="off", http="httptools"),
@@ -104,7 +114,7 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
     servers: dict[str, uvicorn.Server] = {}
     for way, config in configs.items():
         config.log_config, config.access_log, config.proxy_headers, config.server_header = None, False, False, False
-        config.timeout_graceful_shutdown = 1
+        config.timeout_graceful_shutdown, config.timeout_keep_alive = 1, 1
         servers[way] = uvicorn.Server(config)
 
     async def serve() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import Final
 
@@ -35,14 +36,12 @@ _SAID: Final = frozenset({b"authorization", b"if-none-match", b"x-request-id"})
 _HITS: Final = CACHE_READS.labels("hit")
 _PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _MOST_HEADS: Final = 4096
-_LONGEST_HEAD: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
     """A caller who is known until `expires`, in seconds since 1970, as long as the keys are those."""
 
-    credentials: bytes
     rate_key: str
     expires: float
     keys: object
@@ -106,6 +105,7 @@ class FastLane:
         self._metrics: dict[tuple[str, int, str], Histogram] = {}
         self._untold: list[tuple[str, int, float]] = []
         self._heads: dict[bytes, Asked] = {}
+        """By digest: a token is nowhere kept."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application answer."""
@@ -139,36 +139,35 @@ class FastLane:
                     return
         await self._app(scope, receive, send)
 
-    def hit(self, user: str, headers: Headers, visitor: Visitor | None, elsewhere: Collection[bytes]) -> Hit | None:
-        """Give the response from this process's memory, within the caller's limit; None: it takes more than that.
-
-        `visitor` is who asked before on the same connection.
-        """
+    def hit(self, user: str, headers: Headers, elsewhere: Collection[bytes]) -> Hit | None:
+        """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
         runtime = self._runtime()
         if runtime is None:
             return None
         now = self._now()
-        asked = self._asked(runtime, headers, now, visitor, elsewhere)
+        asked = self._asked(runtime, headers, now, elsewhere)
         prepared = _remembered(runtime, user, asked, now) if asked is not None else None
         return (prepared, asked) if asked is not None and prepared is not None else None
 
     def learn(self, head: bytes, asked: Asked) -> None:
         """Remember what a parser made of a request's bytes, from its path on, so that they need not be parsed again."""
-        if len(head) <= _LONGEST_HEAD and asked.called is None and head not in self._heads:
+        digest = blake2b(head, digest_size=32).digest()
+        if asked.called is None and digest not in self._heads:
             if len(self._heads) >= _MOST_HEADS:
                 del self._heads[next(iter(self._heads))]
-            self._heads[head] = asked
+            self._heads[digest] = asked
 
     def repeated(self, user: str, head: bytes) -> Hit | None:
         """Give the response to a request whose bytes are known, as `hit` does."""
-        asked = self._heads.get(head)
+        digest = blake2b(head, digest_size=32).digest()
+        asked = self._heads.get(digest)
         if asked is None:
             return None
         runtime = self._runtime()
         now = self._now()
         visitor = asked.visitor
         if runtime is None or now >= visitor.expires or visitor.keys is not runtime.authenticator.keys:
-            del self._heads[head]
+            del self._heads[digest]
             return None
         prepared = _remembered(runtime, user, asked, now)
         return (prepared, asked) if prepared is not None else None
@@ -192,14 +191,7 @@ class FastLane:
             metric = self._metrics[labels] = REQUEST_SECONDS.labels(READ_PATH, *labels)
         metric.observe(seconds)
 
-    def _asked(
-        self,
-        runtime: Runtime,
-        headers: Headers,
-        now: float,
-        visitor: Visitor | None = None,
-        elsewhere: Collection[bytes] = (),
-    ) -> Asked | None:
+    def _asked(self, runtime: Runtime, headers: Headers, now: float, elsewhere: Collection[bytes] = ()) -> Asked | None:
         """Read the headers; None: who asks is not known yet, or the application must see to it."""
         said: dict[bytes, bytes] = {}
         for name, value in headers:
@@ -212,17 +204,14 @@ class FastLane:
         credentials = said.get(b"authorization")
         if credentials is None:
             return None
-        if (
-            visitor is None
-            or visitor.credentials != credentials
-            or now >= visitor.expires
-            or visitor.keys is not runtime.authenticator.keys
-        ):
-            caller = runtime.authenticator.known(credentials)
-            if caller is None or caller.role not in _READERS or caller.subject is None or caller.expires is None:
-                return None
-            rate_key = runtime.authenticator.rate_key(caller, (), None)
-            visitor = Visitor(credentials, rate_key, caller.expires.timestamp(), runtime.authenticator.keys)
+        caller = runtime.authenticator.known(credentials)
+        if caller is None or caller.role not in _READERS or caller.subject is None or caller.expires is None:
+            return None
+        expires = caller.expires.timestamp()
+        if now >= expires:
+            return None
+        rate_key = runtime.authenticator.rate_key(caller, (), None)
+        visitor = Visitor(rate_key, expires, runtime.authenticator.keys)
         called = said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None
         return Asked(visitor, called, (said[b"if-none-match"],) if b"if-none-match" in said else ())
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from goodstanding.fast_lane import LENGTH, START, Asked, FastLane, Hit, Visitor
+from goodstanding.fast_lane import LENGTH, START, Asked, FastLane, Hit
 
 _START: Final = START.encode()
 _GET: Final = b"GET " + _START
@@ -31,7 +31,6 @@ class HotProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._lane: FastLane | None = None
         self._looked = False
-        self._visitor: Visitor | None = None
         self._answered: Asked | None = None
         self._last: list[Asked] = []
         self._headers: list[tuple[bytes, bytes]] = []
@@ -106,11 +105,10 @@ class HotProtocol(HttpToolsProtocol):
             or parser.get_http_version() != "1.1"
         ):
             return False
-        hit = lane.hit(self.url[-36:].decode("latin-1"), self.headers, self._visitor, _ELSEWHERE)
+        hit = lane.hit(self.url[-36:].decode("latin-1"), self.headers, _ELSEWHERE)
         if hit is None:
             return False
         self._answered = hit[1]
-        self._visitor = hit[1].visitor
         self._send(lane, hit, began)
         return True
 
