@@ -18,6 +18,7 @@ from benchmarks.triggers import long_history, writes
 
 MEASUREMENTS: Final = {**READS, "live": live, "writes": writes, "history": long_history}
 _RESULTS: Final = Path(__file__).parent / "results"
+_NOISE: Final = 0.15
 _VERDICTS: Final = {True: "met", False: "MISSED", None: ""}
 
 
@@ -29,6 +30,9 @@ def main() -> None:
         "--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="leave out the rest"
     )
     parser.add_argument("--name", help="file of the raw results; by default made from the machine, none with --quick")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the ratios with the recorded ones, and fail where they are worse"
+    )
     options = parser.parse_args()
     effort = QUICK if options.quick else FULL
     console = Console(width=None)
@@ -40,6 +44,10 @@ def main() -> None:
             figures += MEASUREMENTS[name](env, effort)
     console.print(_table(figures))
     console.print(f"Before the run the machine was {machine['busy_percent_before']:.0f} % busy with other work.")
+    if options.check:
+        worse = _worse(figures, options.name or _default_name(machine))
+        console.print("\n".join(worse) or "No ratio is worse than recorded.")
+        raise SystemExit(1 if worse else 0)
     name = options.name or (None if options.quick else _default_name(machine))
     if name is not None:
         _RESULTS.mkdir(exist_ok=True)
@@ -57,6 +65,27 @@ def _table(figures: list[Figure]) -> Table:
         if figure.note:
             table.add_row(f"  {figure.note}")
     return table
+
+
+def _worse(figures: list[Figure], name: str) -> list[str]:
+    """Name the ratios whose median is worse than the worst that was recorded, by more than machines differ."""
+    path = _RESULTS / f"{name}.json"
+    if not path.exists():
+        return [f"nothing is recorded in {path.name}: run make bench first, or name a file with --name"]
+    recorded = {figure["name"]: figure for figure in json.loads(path.read_text("utf-8"))["figures"]}
+    worse = []
+    for figure in figures:
+        known = recorded.get(figure.name)
+        if known is None or figure.unit != "x" or not figure.target:
+            continue
+        now = statistics.median(figure.values)
+        if figure.target.startswith(">="):
+            bound, is_worse = known["lowest"] * (1 - _NOISE), now < known["lowest"] * (1 - _NOISE)
+        else:
+            bound, is_worse = known["highest"] * (1 + _NOISE), now > known["highest"] * (1 + _NOISE)
+        if is_worse:
+            worse.append(f"{figure.name}: {now:.2f}x, recorded {known['median']:.2f}x, bound {bound:.2f}x")
+    return worse
 
 
 def _summary(figure: Figure) -> dict[str, Any]:

@@ -305,10 +305,13 @@ def batch(env: Environment, effort: Effort) -> list[Figure]:
                 _only(result, "200")
                 if number >= 0:
                     users[name].append(result.rate * each)
+    ratio = _ratios(users["batch"], users["single"])
     return [
         Figure(
             "batch of 100 / 100 single reads, users per second",
-            _ratios(users["batch"], users["single"]),
+            ratio,
+            target=">= 5",
+            met=statistics.median(ratio) >= 5,
             raw={"users_per_second": users},
         )
     ]
