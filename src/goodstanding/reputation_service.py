@@ -5,7 +5,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from enum import StrEnum
 from itertools import count
 from typing import Final, Self
@@ -275,11 +274,14 @@ class ReputationService:
         """Answer from the cache for those it knows, and note whose lease is out; raises CacheAwayError."""
         answers = {}
         due = []
-        for user, found in zip(leases, await self._cache.fetch([*leases]), strict=True):
+        fetched = await self._cache.fetch([*leases])
+        now = self._clock()
+        for user, found in zip(leases, fetched, strict=True):
             leases[user] = found.lease
             if found.entry is not None:
-                answers[user] = self._answer(found.entry, Source.HIT)
-                if found.lease is None and user not in self._refreshing and self._is_due(found.entry):
+                age = (now - found.entry.computed_at).total_seconds()
+                answers[user] = self._answer(found.entry, Source.HIT, age)
+                if found.lease is None and user not in self._refreshing and self._is_due(found.entry, age):
                     due.append(user)
         if due and self._database.closed:
             self._refreshing.update(due)
@@ -316,11 +318,14 @@ class ReputationService:
             # Shielded: a caller that goes away takes nobody's load with it.
             await asyncio.shield(flight.loaded)
         answers = {}
+        now = self._clock()
         for user, flight in shared.items():
             loaded = flight.loaded.result()
             if user not in loaded.entries:
                 raise TemporarilyUnavailableError
-            answers[user] = self._answer(loaded.entries[user], Source.STALE if loaded.stale else _SOURCES[reason])
+            entry = loaded.entries[user]
+            age = (now - entry.computed_at).total_seconds()
+            answers[user] = self._answer(entry, Source.STALE if loaded.stale else _SOURCES[reason], age)
         stale = sum(answer.source is Source.STALE for answer in answers.values())
         if stale:
             STALE_SERVED.inc(stale)
@@ -485,17 +490,16 @@ class ReputationService:
         finally:
             self._refreshing.difference_update(user_ids)
 
-    def _is_due(self, entry: Entry) -> bool:
-        """Tell whether an entry is so old that it should be refreshed ahead of its expiry."""
-        if entry.body is None:
+    def _is_due(self, entry: Entry, age: float) -> bool:
+        """Tell whether an entry of this age, in seconds, should be refreshed ahead of its expiry."""
+        share = age * 1000 / self._lives.value
+        if entry.body is None or share < _REFRESH_AT:
             return False
-        age = (self._clock() - entry.computed_at) / timedelta(milliseconds=self._lives.value)
-        return age >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
+        return share >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
 
-    def _answer(self, entry: Entry, source: Source) -> Answer:
-        life = timedelta(milliseconds=self._lives.unknown if entry.body is None else self._lives.value)
-        left = (life - (self._clock() - entry.computed_at)).total_seconds()
+    def _answer(self, entry: Entry, source: Source, age: float) -> Answer:
+        life = (self._lives.unknown if entry.body is None else self._lives.value) / 1000
         if source is Source.STALE:
             # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
-            return Answer(entry, source, min(-1, int(left)))
-        return Answer(entry, source, max(0, min(int(left), int(life.total_seconds()))))
+            return Answer(entry, source, min(-1, int(life - age)))
+        return Answer(entry, source, max(0, min(int(life - age), int(life))))
