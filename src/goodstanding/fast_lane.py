@@ -5,7 +5,7 @@ It answers what the route of api.py answers, byte for byte, and leaves to that r
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from http import HTTPStatus
@@ -22,7 +22,7 @@ from goodstanding.errors import GoodstandingError
 from goodstanding.limits import LimitKind
 from goodstanding.memory import Kept
 from goodstanding.metrics import CACHE_READS, REQUEST_SECONDS
-from goodstanding.reputation_service import Answer, ReputationService, Source
+from goodstanding.reputation_service import Answer, Source
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -63,17 +63,18 @@ class Asked:
 class Prepared:
     """A hit's response, but for the request's id, that stays the same for a second.
 
-    `lines` is what is sent before the body, but for the server's own headers. `expires` and `due` (to be refreshed) are
-    in seconds since 1970.
+    `lines` is what is sent before the body, but for the server's own headers. `horizon` is between which moments it
+    holds, and when it expires, in seconds since 1970.
     """
 
-    __slots__ = ("body", "due", "expires", "headers", "lines", "status", "ttl")
+    __slots__ = ("body", "headers", "horizon", "lines", "status", "ttl")
 
-    def __init__(self, answer: Answer, conditions: tuple[bytes, ...], *, expires: float, due: float) -> None:
-        response = represent(answer, conditions)
-        self.ttl = answer.ttl
-        self.expires = expires
-        self.due = due
+    def __init__(
+        self, kept: Kept, horizon: tuple[float, float, float], now: float, conditions: Sequence[bytes]
+    ) -> None:
+        self.horizon = horizon
+        self.ttl = int(horizon[2] - now)
+        response = represent(Answer(kept.entry, Source.HIT, self.ttl), conditions)
         self.status = response.status_code
         self.headers = response.raw_headers
         self.lines = b"HTTP/1.1 %d %s\r\n" % (response.status_code, _PHRASES[response.status_code])
@@ -142,7 +143,7 @@ class FastLane:
     def hit(self, user: str, headers: Headers, elsewhere: Collection[bytes]) -> Hit | None:
         """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
         runtime = self._runtime()
-        if runtime is None:
+        if runtime is None or runtime.memory is None or runtime.memory.peek(user) is None:
             return None
         now = self._now()
         asked = self._asked(runtime, headers, now, elsewhere)
@@ -217,35 +218,22 @@ class FastLane:
 
 
 def _remembered(runtime: Runtime, user: str, asked: Asked, now: float) -> Prepared | None:
+    """Give the response from memory; None: the service answers, and sees to whatever else there is to do."""
     kept = runtime.memory.peek(user) if runtime.memory is not None else None
-    if kept is None:
+    if kept is None or kept.entry.body is None:
         return None
     prepared = kept.prepared
-    if not isinstance(prepared, Prepared):
-        prepared = _prepare(runtime.service, kept, now)
-        if prepared is None:
-            return None
-    if now >= prepared.due:
-        return None  # the service answers it too, and has it refreshed
+    horizon = prepared.horizon if isinstance(prepared, Prepared) else runtime.service.horizon(kept.entry)
+    if not horizon[0] <= now < horizon[1]:
+        return None
     try:
         runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
     except GoodstandingError:
-        return None  # the route refuses it, and says why
-    ttl = int(prepared.expires - now)
-    if asked.conditions or ttl != prepared.ttl:
-        answer = Answer(kept.entry, Source.HIT, ttl)
-        prepared = Prepared(answer, asked.conditions, expires=prepared.expires, due=prepared.due)
-        if not asked.conditions:
-            kept.prepared = prepared
-    return prepared
-
-
-def _prepare(service: ReputationService, kept: Kept, now: float) -> Prepared | None:
-    if kept.entry.body is None:
         return None
-    expires, due = service.horizon(kept.entry)
-    prepared = Prepared(Answer(kept.entry, Source.HIT, int(expires - now)), (), expires=expires, due=due)
-    kept.prepared = prepared
+    if asked.conditions:
+        return Prepared(kept, horizon, now, asked.conditions)
+    if not isinstance(prepared, Prepared) or int(horizon[2] - now) != prepared.ttl:
+        prepared = kept.prepared = Prepared(kept, horizon, now, ())
     return prepared
 
 

@@ -217,10 +217,10 @@ class ReputationService:
         """
         return await self._read(user_ids, use_cache=use_cache)
 
-    def horizon(self, entry: Entry) -> tuple[float, float]:
-        """Tell when a known user's entry expires, and from when on it may be refreshed; in seconds since 1970."""
+    def horizon(self, entry: Entry) -> tuple[float, float, float]:
+        """Tell when a known user's entry was computed, may first be refreshed, and expires; in seconds since 1970."""
         computed, life = entry.computed_at.timestamp(), self._lives.value / 1000
-        return computed + life, computed + life * _REFRESH_AT
+        return computed, computed + life * _REFRESH_AT, computed + life
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
         """Drop what is cached about these users; raises CacheAwayError when that cannot be done now."""
