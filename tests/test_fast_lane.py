@@ -88,7 +88,7 @@ class TestSameAnswers:
     """What the three ways answer."""
 
     @settings(
-        max_examples=300,
+        max_examples=150,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
