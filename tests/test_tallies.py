@@ -217,6 +217,26 @@ async def test_a_session_that_went_and_came_again_while_it_was_judged_counts_onc
         assert [(0, 0), (0, 0), (0, 0), (0, 1)] == [await tally(owner, user) for user in users]
 
 
+async def test_many_verdicts_are_folded_before_the_changes_that_they_judge(database: Database) -> None:
+    """However many were recorded at once, a fold takes no more than it is told, and every read is exact."""
+    user1, user2 = await database.add_user(), await database.add_user()
+    match = await database.add_match(user1, user2)
+    sessions = [await database.add_session(match, b=True) for _ in range(5)]
+    async with database.owner() as owner:
+        await settled(owner)
+        await owner.execute("update public.wingman_sessions set status = 'no_show'")
+        for session in sessions:
+            await owner.execute(QUERIES["attribute"], session, "user2", "seen", "support")
+        folded = []
+        while not folded or folded[-1]:
+            assert [(0, 0), (0, 5)] == await counts(owner, [user1, user2])
+            folded.append((await tallies.fold(owner, 2)).changes)
+        # Two of five verdicts, two more, then the last one with two of five changes, and the rest of the changes.
+        assert [2, 2, 3, 2, 1, 0] == folded
+        await settled(owner)
+        assert [(0, 0), (0, 5)] == [await tally(owner, user) for user in (user1, user2)]
+
+
 @pytest.mark.parametrize("folded", [False, True])
 async def test_a_match_that_comes_again_under_its_id_starts_anew(database: Database, *, folded: bool) -> None:
     """What is pending of the sessions that the deleted one had means nothing to the users of the new one."""

@@ -4,7 +4,7 @@
 -- the sessions (reputation.counts), and so every read is exact; what is written here decides only how much it costs.
 -- A user is recounted while one of these holds:
 --   * there is no tally of the policy's present version (nobody counted the user yet, or everybody is to be recounted);
---   * a mark of the user, or of everybody, is pending;
+--   * a mark of the user, of any session, or of everybody is pending;
 --   * the user is in reputation.recounts (the mark was folded, and nobody has counted the user since).
 
 -- What the tallies mean; one row. A new version makes every tally void.
@@ -501,25 +501,42 @@ begin
         order by mark.user_id desc
         limit greatest(1, fold.batch)
     );
-    with summed as materialized (
+    -- Changes are folded only where all the sessions are told of whose verdicts this snapshot shows to their effects.
+    with judging as materialized (
+        select mark.ctid
+        from reputation.marks as mark
+        where mark.user_id is null and mark.session_id is not null
+        limit greatest(1, fold.batch)
+    ),
+    all_told as materialized (
+        select (select pg_catalog.count(*) from judging) = pg_catalog.count(*) as so
+        from (
+            select
+            from reputation.marks as mark
+            where mark.user_id is null and mark.session_id is not null
+            limit greatest(1, fold.batch) + 1
+        ) as judgements
+    ),
+    summed as materialized (
         select
             effect.user_id,
             pg_catalog.sum(effect.completed) as completed,
             pg_catalog.sum(effect.no_shows) as no_shows
         from reputation.effects() as effect
-        where effect.change = any (chosen)
+        where effect.change = any (chosen) and (select all_told.so from all_told)
         group by effect.user_id
     ),
     taken as (
-        delete from reputation.changes as change where change.ctid = any (chosen) returning change.changed_at
+        delete from reputation.changes as change
+        where change.ctid = any (chosen) and (select all_told.so from all_told)
+        returning change.changed_at
     ),
     marked as (
         delete from reputation.marks as mark where mark.ctid = any (chosen_marks)
         returning mark.user_id, mark.recount, mark.changed_at
     ),
-    -- All that this snapshot shows: it also shows their verdicts to `summed`.
     judged as (
-        delete from reputation.marks as mark where mark.user_id is null and mark.session_id is not null
+        delete from reputation.marks as mark where mark.ctid = any (array(select judging.ctid from judging))
         returning mark.session_id, mark.changed_at
     ),
     -- Who has such a session, and who had it when the tally was written.
@@ -552,7 +569,7 @@ begin
         on conflict on constraint recounts_pkey do nothing
     )
     select
-        pg_catalog.cardinality(chosen) + pg_catalog.cardinality(chosen_marks) + (select count(*) from judged),
+        (select count(*) from taken) + pg_catalog.cardinality(chosen_marks) + (select count(*) from judged),
         exists (select from marked where marked.user_id is null),
         array(
             select summed.user_id from summed
