@@ -59,6 +59,7 @@ class _Listener:
     def hear_beat(self, term: int = 1, *, looked: float | None = None, late: float = 0.0) -> None:
         """Hear a beat, whose relay looked `late` seconds before now; in a new term after one to measure it by."""
         looked = self.passed - late + _RELAY_CLOCK if looked is None else looked
+        self.freshness.answer(self.passed)
         if term not in self.terms:
             self.terms.add(term)
             self.broadcast.receive(beat(term, looked - 0.25).encode())
@@ -123,8 +124,25 @@ class TestFreshness:
         listener.passed += 0.52
         assert not listener.trusts()
 
+    def test_no_beat_is_believed_before_an_answer_nor_for_longer_than_one(self, listener: _Listener) -> None:
+        """Two beats may be equally late: in the socket of a process that was frozen before it heard any."""
+        for looked in (listener.passed - 2.0, listener.passed - 1.5):
+            listener.broadcast.receive(beat(1, _RELAY_CLOCK + looked).encode())
+        assert not listener.trusts()
+        listener.freshness.answer(listener.passed - 2.1)  # asked before it froze
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed - 1.4).encode())
+        assert not listener.trusts()
+        listener.freshness.answer(listener.passed)
+        assert not listener.trusts()
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed).encode())
+        assert listener.trusts()
+        listener.broadcast.lose()
+        listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed).encode())
+        assert not listener.trusts()
+
     def test_the_first_beat_of_a_term_is_only_measured_by(self, listener: _Listener) -> None:
         """It may have been under way for long, and nobody could tell; the second one shows how late it was."""
+        listener.freshness.answer(listener.passed)
         listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed - 5.0).encode())
         assert not listener.trusts()
         listener.broadcast.receive(beat(1, _RELAY_CLOCK + listener.passed).encode())

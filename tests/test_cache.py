@@ -596,7 +596,7 @@ async def test_what_is_too_old_is_a_miss(redis_url: str) -> None:
 async def _heard(cache: RedisCache) -> AsyncIterator[list[bytes]]:
     """Listen to what is said, until the block ends."""
     said: list[bytes] = []
-    async with cache.subscription(said.append, lambda: said.append(b"lost")):
+    async with cache.subscription(said.append, lambda: said.append(b"lost"), lambda: None):
         yield said
 
 
@@ -764,7 +764,7 @@ async def test_a_subscription_that_nobody_confirms_fails(redis_url: str) -> None
 
 
 async def _listen(cache: RedisCache) -> None:
-    async with cache.subscription(lambda _: None, lambda: None):
+    async with cache.subscription(lambda _: None, lambda: None, lambda: None):
         pass
 
 
@@ -783,7 +783,7 @@ async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
             def hear(_: bytes) -> None:
                 group.create_task(look())
 
-            async with other.subscription(hear, lambda: None):
+            async with other.subscription(hear, lambda: None, lambda: None):
                 await cache.invalidate(users)
                 await eventually(lambda: len(found) == 2)
     assert [[_NOTHING] * len(users)] * 2 == found

@@ -533,7 +533,7 @@ class TestSession:
             open_redis(redis_url) as cache,
         ):
             await _populate(client)
-            async with cache.subscription(lambda said: heard.append((said, loop.time())), lambda: None):
+            async with cache.subscription(lambda said: heard.append((said, loop.time())), lambda: None, lambda: None):
                 proxy.delay = lambda: 0.03
                 await client.delete("{goodstanding:probe}:run")
                 await eventually(lambda: any(said == b"all" for said, _ in heard))

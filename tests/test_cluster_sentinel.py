@@ -213,7 +213,7 @@ async def test_what_is_said_is_heard_in_the_whole_cluster(cluster: RedisCache, n
             url = node.url().replace("redis://", "redis+cluster://").removesuffix("/0")
             listener = await stack.enter_async_context(open_redis(url))
             heard.append([])
-            await stack.enter_async_context(listener.subscription(heard[-1].append, lambda: None))
+            await stack.enter_async_context(listener.subscription(heard[-1].append, lambda: None, lambda: None))
         async with open_redis(_cluster_url(nodes), deadline=0.05) as hasty:
             await eventually(lambda: _done(hasty.invalidate(users)))
         await cluster.say("end")
@@ -234,7 +234,7 @@ async def test_every_node_of_a_cluster_is_vouched_for(cluster: RedisCache, nodes
     """One node that was restarted, or emptied, is enough for everything to be dropped before a beat is said."""
     heard: list[bytes] = []
     users = [user(number) for number in range(100)]
-    async with cluster.subscription(heard.append, lambda: None):
+    async with cluster.subscription(heard.append, lambda: None, lambda: None):
         for node in nodes:
             await eventually(lambda: _is_said(cluster, heard))
             await cluster.lease(users, "t1", seize=True)

@@ -227,7 +227,7 @@ async def test_many_verdicts_are_folded_before_the_changes_that_they_judge(datab
         await owner.execute("update public.wingman_sessions set status = 'no_show'")
         for session in sessions:
             await owner.execute(QUERIES["attribute"], session, "user2", "seen", "support")
-        folded = []
+        folded: list[int] = []
         while not folded or folded[-1]:
             assert [(0, 0), (0, 5)] == await counts(owner, [user1, user2])
             folded.append((await tallies.fold(owner, 2)).changes)

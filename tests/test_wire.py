@@ -158,10 +158,15 @@ class _Heard:
 
     messages: list[bytes] = field(default_factory=list)
     lost: int = 0
+    answers: int = 0
 
     def lose(self) -> None:
         """Note the end."""
         self.lost += 1
+
+    def answer(self) -> None:
+        """Note an answer."""
+        self.answers += 1
 
 
 @asynccontextmanager
@@ -170,7 +175,7 @@ async def _subscribed(url: str) -> AsyncIterator[tuple[Subscription, _Heard]]:
     assert isinstance(client, redis.asyncio.Redis)
     heard = _Heard()
     writer = await open_writer(client.connection_pool, deadline=_DEADLINE)
-    subscription = Subscription(writer, "channel", heard.messages.append, heard.lose)
+    subscription = Subscription(writer, "channel", heard.messages.append, heard.lose, heard.answer)
     try:
         yield subscription, heard
     finally:

@@ -8,10 +8,10 @@ its own clock. A beat that is missing or late is how a process learns that it ma
 import asyncio
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from itertools import count
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import asyncpg
@@ -51,12 +51,13 @@ class Freshness:
     `monotonic` gives seconds that never go back; `clock` is compared with the moments at which others computed.
     """
 
-    __slots__ = ("_ahead", "_at", "_clock", "_monotonic", "_term", "_until")
+    __slots__ = ("_ahead", "_answered", "_at", "_clock", "_term", "_until", "monotonic")
 
     def __init__(self, *, clock: Clock, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         self._term = 0
+        self._answered = -_NEVER
         self._ahead = _NEVER
         self._at = 0.0
         self._until = -_NEVER
@@ -64,7 +65,7 @@ class Freshness:
     @property
     def trusted(self) -> bool:
         """Whether a relay said just now that it has told everything."""
-        return self._monotonic() < self._until
+        return self.monotonic() < self._until
 
     def oldest(self) -> datetime | None:
         """Give the moment before which nothing that is served may have been computed; None: whatever is cached."""
@@ -75,27 +76,35 @@ class Freshness:
         if term > self._term:
             self._term = term
             self._ahead = _NEVER
-            self.lose()
+            self._until = -_NEVER
+
+    def answer(self, asked: float) -> None:
+        """Note the answer to a question that was asked then, on the way on which beats come: what follows is younger.
+
+        Without one no beat is believed. Whatever lay in the socket of a process that was frozen, or was held up on
+        the way, comes before the answer, or after one to a question that is as old.
+        """
+        self._answered = asked
 
     def beat(self, term: int, looked: float) -> None:
         """Note that the relay of this term has told everything that was committed when it `looked`, by its own clock.
 
         One that another relay has replaced is not believed, and one that comes late not for long: how late is seen
-        from the quickest one, so that clocks need not agree, nor go equally fast. The first of a term may be late
-        itself, so it is only measured by. A process that was frozen finds many of these.
+        from the quickest one, so that clocks need not agree, nor go equally fast, and from the last answer. The first
+        of a term may be late itself, so it is only measured by. A process that was frozen finds many of these.
         """
         self.lead(term)
         if term == self._term:
-            now = self._monotonic()
+            now = self.monotonic()
             measured = self._ahead < _NEVER
             self._ahead = min(self._ahead + _DRIFT * (now - self._at), now - looked)
             self._at = now
             if measured:
-                self._until = looked + self._ahead + BELIEF_SECONDS
+                self._until = min(looked + self._ahead, self._answered) + BELIEF_SECONDS
 
     def lose(self) -> None:
         """Note that something may have been missed."""
-        self._until = -_NEVER
+        self._until = self._answered = -_NEVER
 
 
 class Broadcast:
@@ -135,21 +144,33 @@ async def hear_redis(broadcast: Broadcast, cache: RedisCache) -> None:
     """
     while True:
         check_cancelled()
-        unheard = count()
-
-        def is_wanted() -> bool:
-            nonlocal unheard
-            if broadcast.freshness.trusted:
-                unheard = count()
-            return next(unheard) < _UNHEARD_CHECKS
-
+        questions = _Questions(broadcast.freshness)
         try:
-            async with cache.subscription(broadcast.receive, broadcast.lose) as subscription:
+            async with cache.subscription(broadcast.receive, broadcast.lose, questions.answered) as subscription:
                 with BROADCAST_LISTENERS.track_inprogress():
-                    await subscription.wait_until_lost(_CHECK_SECONDS, wanted=is_wanted)
+                    await subscription.wait_until_lost(_CHECK_SECONDS, wanted=questions.ask)
         except CacheAwayError:
             pass
         await asyncio.sleep(_AGAIN_SECONDS)
+
+
+class _Questions:
+    """When a connection was asked whether it is still there, as long as it has not answered."""
+
+    def __init__(self, freshness: Freshness) -> None:
+        self._freshness = freshness
+        self._asked: deque[float] = deque()
+        self._unheard = 0
+
+    def ask(self) -> bool:
+        """Note a question; tells whether the connection is still wanted: beats come over it, or may still come."""
+        self._unheard = 0 if self._freshness.trusted else self._unheard + 1
+        self._asked.append(self._freshness.monotonic())
+        return self._unheard <= _UNHEARD_CHECKS
+
+    def answered(self) -> None:
+        """Note the answer to the oldest one."""
+        self._freshness.answer(self._asked.popleft())
 
 
 class Announcer:
@@ -191,9 +212,11 @@ class Announcer:
             self._connection = connection
             with BROADCAST_LISTENERS.track_inprogress():
                 while True:
-                    await asyncio.sleep(_CHECK_SECONDS)
                     async with self._turn:
+                        asked = broadcast.freshness.monotonic()
                         await connection.execute("select")
+                        broadcast.freshness.answer(asked)
+                    await asyncio.sleep(_CHECK_SECONDS)
         finally:
             self._connection = None
             broadcast.lose()

@@ -291,12 +291,13 @@ class RedisCache:
 
     @asynccontextmanager
     async def subscription(
-        self, receive: Callable[[bytes], None], lost: Callable[[], None]
+        self, receive: Callable[[bytes], None], lost: Callable[[], None], answered: Callable[[], None]
     ) -> AsyncIterator[Subscription]:
         """Listen to what every process is told; raises CacheAwayError. One at a time.
 
-        `lost` is called at the moment from which on something may be missed. That is also
-        whenever the connection of the commands is made anew: Redis may be another one since then.
+        `answered` is called with each answer to the subscription's questions. `lost` is called at the moment from which
+        on something may be missed. That is also whenever the connection of the commands is made anew: Redis may be
+        another one since then.
         """
         # The connection of the commands first: one that is made for the next command would end this at once.
         await self._send([("EXISTS", _PROBE_KEY)])
@@ -304,7 +305,7 @@ class RedisCache:
             writer = await open_writer(self._listening_pool(), deadline=self._deadline)
         except Exception as error:
             raise CacheAwayError from error
-        self._subscription = Subscription(writer, self._channel, receive, lost)
+        self._subscription = Subscription(writer, self._channel, receive, lost, answered)
         try:
             try:
                 async with within(self._deadline):

@@ -237,7 +237,7 @@ async def open_writer(pool: ConnectionPool, *, deadline: float) -> asyncio.Strea
 class Subscription(asyncio.Protocol):
     """A connection that listens to one channel; `receive` gets each message at the moment it arrives, in order.
 
-    `lost` is called once, when no more will come.
+    `lost` is called once, when no more will come, and `answered` when a question of `wait_until_lost` is.
     """
 
     def __init__(
@@ -246,8 +246,10 @@ class Subscription(asyncio.Protocol):
         channel: str,
         receive: Callable[[bytes], None],
         lost: Callable[[], None],
+        answered: Callable[[], None],
     ) -> None:
         self._receive = receive
+        self._tell_answered = answered
         self._tell_lost = lost
         self._reader = hiredis.Reader()
         self._writer = writer
@@ -295,6 +297,8 @@ class Subscription(asyncio.Protocol):
                         self._receive(message)
                     case [b"subscribe", *_]:
                         self._confirmed.set()
+                    case [b"pong", *_]:
+                        self._tell_answered()
                     case Exception():
                         self.close()
                         return

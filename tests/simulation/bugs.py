@@ -1,8 +1,8 @@
 """Planted bugs: the product without one of its safeguards. A simulation that does not find them proves nothing."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 from unittest.mock import patch
@@ -81,7 +81,7 @@ async def _beat_regardless(self: Relay, ledger: Ledger, term: int) -> None:
 
 
 def _believe_any_term(self: Freshness, _term: int, looked: float) -> None:
-    now = self._monotonic()
+    now = self.monotonic()
     measured = self._ahead < float("inf")
     self._ahead = min(self._ahead, now - looked)
     if measured:
@@ -91,7 +91,7 @@ def _believe_any_term(self: Freshness, _term: int, looked: float) -> None:
 def _believe_late(self: Freshness, term: int, _looked: float) -> None:
     self.lead(term)
     if term == self._term:
-        self._until = self._monotonic() + BELIEF_SECONDS
+        self._until = self.monotonic() + BELIEF_SECONDS
 
 
 _beat = Freshness.beat
@@ -102,6 +102,17 @@ def _believe_first(self: Freshness, term: int, looked: float) -> None:
     if term == self._term and self._ahead == float("inf"):
         _beat(self, term, looked)
     _beat(self, term, looked)
+
+
+def _answer_for_ever(self: Freshness, _asked: float) -> None:
+    self._answered = float("inf")
+
+
+@contextmanager
+def _and_without_answers(plant: AbstractContextManager[object]) -> Iterator[None]:
+    """Leave out two safeguards, either of which covers nearly all that the other one does."""
+    with plant, patch.object(Freshness, "answer", _answer_for_ever):
+        yield
 
 
 async def _say_unvouched(self: RedisCache, message: str) -> None:
@@ -126,8 +137,12 @@ BUGS: Final[dict[str, Bug]] = {
     "a beat while changes wait": Bug(lambda: patch.object(Relay, "_lead", _beat_regardless), "postgres"),
     "a replaced relay is believed": Bug(lambda: patch.object(Freshness, "beat", _believe_any_term), "freezes"),
     "a late beat is believed for long": Bug(lambda: patch.object(Freshness, "beat", _believe_late), "a lone relay"),
-    "a first beat is believed": Bug(lambda: patch.object(Freshness, "beat", _believe_first), "a lone relay"),
-    "a look that is long past is spoken of": Bug(lambda: patch.object(changes, "_LATE_SECONDS", 1e9), "postgres"),
+    "a first beat is believed": Bug(
+        lambda: _and_without_answers(patch.object(Freshness, "beat", _believe_first)), "a lone relay"
+    ),
+    "a look that is long past is spoken of": Bug(
+        lambda: _and_without_answers(patch.object(changes, "_LATE_SECONDS", 1e9)), "postgres"
+    ),
     "a rewound Redis is believed": Bug(lambda: patch.object(RedisCache, "say_vouched", _say_unvouched), "redis"),
     "a read joins any load": Bug(lambda: patch.object(_Flight, "serves", _join_any), "calm"),
 }
