@@ -182,8 +182,9 @@ class RedisCache:
 
     async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
         """Read value and lease of each user in one round trip."""
+        asked = self._oldest()
         replies = await self._send([("MGET", value_key(user), lease_key(user)) for user in user_ids])
-        oldest = self._oldest()
+        oldest = self._oldest_of(asked)
         return [
             Fetched(self._accept(value, user, oldest), None if lease is None else lease.decode("ascii", "replace"))
             for user, (value, lease) in zip(user_ids, replies, strict=True)
@@ -205,13 +206,15 @@ class RedisCache:
         if unless_cached:
             # Looked at once the lease is ours: from then on nobody else fills.
             commands += [("MGET", value_key(user)) for user in user_ids]
+        asked = self._oldest()
         replies = await self._send(commands)
+        oldest = self._oldest_of(asked)
         got = [bool(reply) for reply in replies[: len(user_ids)]]
         filled = (
             [
                 user
                 for user, is_ours, (value,) in zip(user_ids, got, replies[len(user_ids) :], strict=True)
-                if is_ours and value is not None and self._is_served(value, user)
+                if is_ours and value is not None and self._is_served(value, user, oldest)
             ]
             if unless_cached
             else []
@@ -375,9 +378,15 @@ class RedisCache:
             return None
         return None if oldest is not None and entry.computed_at < oldest else entry
 
-    def _is_served(self, text: bytes, user_id: UserId) -> bool:
+    def _oldest_of(self, asked: datetime | None) -> datetime | None:
+        """Give how old may be what was just read, where this was the answer when it was asked for.
+
+        A beat that came meanwhile says nothing of it; a loss does, for it may come from another Redis.
+        """
+        return self._oldest() or asked
+
+    def _is_served(self, text: bytes, user_id: UserId, oldest: datetime | None) -> bool:
         entry = decode(text, user_id=user_id, policy=self._policy)
-        oldest = self._oldest()
         return isinstance(entry, Entry) and (oldest is None or entry.computed_at >= oldest)
 
     async def _unlink_matching(self, pattern: str) -> int:
