@@ -589,6 +589,28 @@ async def test_what_is_too_old_is_a_miss(redis_url: str) -> None:
         assert [entry(), None] == await cache.fetch_last_good([_ME, _OTHER])
 
 
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
+async def test_a_beat_between_question_and_answer_does_not_vouch_for_it(
+    redis_url: str, *, before: bool, after: bool
+) -> None:
+    """What was read before a beat may have been dropped before it; what is read over a new connection may be old."""
+    bounds: list[datetime | None] = []
+    async with RedisCache.open(
+        redis_url,
+        deadline=PATIENT,
+        policy=STANDARD.version,
+        lives=LIVES,
+        oldest=lambda: bounds.pop(0) if bounds else None,
+    ) as cache:
+        await cache.lease([_ME], "t1")
+        await cache.fill({_ME: entry(at=NOON)}, "t1")
+        young = NOON + timedelta(seconds=1)
+        bounds[:] = [young if before else None, young if after else None]
+        assert [_NOTHING] == await cache.fetch([_ME])
+        bounds[:] = [young if before else None, young if after else None]
+        assert [True] == await cache.lease([_ME], "t2", unless_cached=True)
+
+
 # What Redis says to every process.
 
 
