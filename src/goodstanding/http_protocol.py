@@ -6,6 +6,7 @@ the server's parser has been through before.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,8 +20,11 @@ _HEAD: Final = slice(_USER.stop, None)
 _END: Final = b"\r\n\r\n"
 _USED: Final = (
     *("app", "cycle", "flow", "headers", "loop", "parser", "server_state", "timeout_keep_alive"),
-    *("timeout_keep_alive_handler", "timeout_keep_alive_task", "transport", "url"),
+    *("timeout_keep_alive_handler", "timeout_keep_alive_task", "transport"),
 )
+_SET_LATER: Final = frozenset({"headers", "url"})
+"""These the server gives to a connection when a request begins."""
+
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
@@ -29,8 +33,9 @@ class HotProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the server gives
         super().__init__(*args, **kwargs)
-        self._lane: FastLane | None = None
-        self._looked = False
+        lane = getattr(self.app, "lane", None)
+        known = all(hasattr(self, name) for name in _USED) and _names_in(super().on_message_begin) >= _SET_LATER
+        self._lane: FastLane | None = lane if known and isinstance(lane, FastLane) else None
         self._answered: Asked | None = None
         self._last: list[Asked] = []
         self._headers: list[tuple[bytes, bytes]] = []
@@ -65,8 +70,6 @@ class HotProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
-        if not self._looked:
-            self._look()
         lane = self._lane
         if lane is None or len(self.url) != LENGTH or not self.url.startswith(_START) or not self._hit(lane):
             super().on_headers_complete()
@@ -80,13 +83,6 @@ class HotProtocol(HttpToolsProtocol):
             self.on_response_complete()
         else:
             super().on_message_complete()
-
-    def _look(self) -> None:
-        """See in the first request whether there is a fast lane, and all that is used of the server."""
-        self._looked = True
-        lane = getattr(self.app, "lane", None)
-        if isinstance(lane, FastLane) and all(hasattr(self, name) for name in _USED):
-            self._lane = lane
 
     def _is_idle(self) -> bool:
         """Tell whether nothing is under way on this connection, and the client reads."""
@@ -139,3 +135,8 @@ class HotProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
+
+
+def _names_in(method: Callable[[], None]) -> frozenset[str]:
+    """Give the names that a method mentions; none where it is not Python."""
+    return frozenset(getattr(getattr(method, "__code__", None), "co_names", ()))
