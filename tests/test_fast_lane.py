@@ -14,7 +14,7 @@ from goodstanding.data import UserId
 from goodstanding.embedded import Postgres, Valkey
 from tests.parts import metric
 from tests.serving import GONE, INVALIDATE, SINGLE, Backend, bearer, open_backend, token, wait_until
-from tests.ways import WAYS, Three, comparable, three_ways
+from tests.ways import WAYS, Three, comparable, people_of, three_ways
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,7 @@ def three(backend: Backend) -> Iterator[Three]:
 @pytest.fixture(scope="module")
 def people(backend: Backend) -> dict[str, UserId]:
     """Give users whose badges differ."""
-    return {
-        "gold": backend.user(completed=12),
-        "green": backend.user(completed=2, no_shows=1),
-        "red": backend.user(no_shows=3),
-    }
+    return people_of(backend)
 
 
 _ID: Final = st.sampled_from(["gold", "green", "red", "gone", "nil", "short", "braces", "wide"])
@@ -103,7 +99,7 @@ class TestSameAnswers:
         other=_OTHER,
         version=st.sampled_from(["1.1", "1.1", "1.1", "1.0"]),
     )
-    def test_any_request_is_answered_the_same_in_all_three(  # noqa: PLR0913, PLR0917 - the parts of a request
+    def test_any_request_is_answered_the_same_whatever_way_it_takes(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         three: Three,
         people: dict[str, UserId],

@@ -13,7 +13,7 @@ from goodstanding import http_protocol
 from goodstanding.data import UserId
 from goodstanding.embedded import Postgres, Valkey
 from tests.serving import GONE, SINGLE, Backend, RawAnswer, bearer, open_backend
-from tests.ways import Three, comparable, three_ways
+from tests.ways import Three, comparable, people_of, three_ways
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,7 @@ def three(backend: Backend) -> Iterator[Three]:
 @pytest.fixture(scope="module")
 def people(backend: Backend) -> dict[str, UserId]:
     """Give users whose badges differ."""
-    return {
-        "gold": backend.user(completed=12),
-        "green": backend.user(completed=2, no_shows=1),
-        "red": backend.user(no_shows=3),
-    }
+    return people_of(backend)
 
 
 class TestProtocol:

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from goodstanding import main
+from goodstanding.data import UserId
 from goodstanding.fast_lane import Headers, Hit
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
@@ -157,3 +158,12 @@ def comparable(answer: RawAnswer) -> tuple[int, list[tuple[str, str]], bytes]:
         elif name != "date":
             headers.append((name, value))
     return answer.status, headers, answer.body
+
+
+def people_of(backend: Backend) -> dict[str, UserId]:
+    """Insert users whose badges differ."""
+    return {
+        "gold": backend.user(completed=12),
+        "green": backend.user(completed=2, no_shows=1),
+        "red": backend.user(no_shows=3),
+    }
