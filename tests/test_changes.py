@@ -311,22 +311,24 @@ class TestLeading:
             fleet = [_Told(RedisPublisher(cache)) for _ in range(3)]
             for one in fleet:
                 spawn(_relay(database, one).run())
-            await eventually(lambda: any(one.beats for one in fleet))
-            terms = []
+
+            def leading() -> int:
+                """Give the newest term: the last beats of a leader may come after its session was ended."""
+                return max((term for one in fleet for term, _ in one.beats), default=0)
+
+            terms = [0]
+            await eventually(lambda: leading() > terms[-1])
             for _ in range(3):
                 assert 1 == await _leaders(database)
                 assert 1 == metric("goodstanding_relay_leading")
-                [leading] = [one for one in fleet if one.beats]
-                terms.append(leading.beats[-1][0])
-                for one in fleet:
-                    one.beats.clear()
+                terms.append(leading())
+                assert 1 == sum(any(terms[-1] == term for term, _ in one.beats) for one in fleet)
                 assert 3 == await killer.fetchval(_END_SESSIONS)
                 truth = await Truth.of(database, 1)
-                await eventually(lambda: any(one.beats for one in fleet), within=_FAILOVER)
+                await eventually(lambda: leading() > terms[-1], within=_FAILOVER)
                 await eventually(lambda: _is_folded(database))
                 assert any(truth.user_id in (users or ()) for one in fleet for users in one.told)
                 await eventually(lambda: _sessions(killer, 3))
-            assert sorted(set(terms)) == terms
 
     async def test_a_silent_leader_is_replaced(self, database: Database, redis_url: str) -> None:
         """A leader that freezes, in a fold or between two, loses the lead after a second to one that does not."""
