@@ -73,6 +73,8 @@ request, even through one that does nothing: that alone would cost a tenth of a 
 """
 _NAMES_BEARER: Final[dict[str, Any]] = {"security": [{"bearer": []}]}
 Model = TypeVar("Model", bound=BaseModel)
+Headers = list[tuple[bytes, bytes]]
+"""Names in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class _Endpoints:
         user_id = parse_user_id(request.path_params["user_id"])
         answer = await now.service.read(user_id, use_cache=_use_cache(request))
         request.state.source = METRIC_SOURCES.get(answer.source, "database")
-        return represent(answer, [value for name, value in request.scope["headers"] if name == b"if-none-match"])
+        return respond(answer, [value for name, value in request.scope["headers"] if name == b"if-none-match"])
 
     async def read_batch(self, request: Request) -> Response:
         """Answer for many users at once; an unknown user is null."""
@@ -428,8 +430,8 @@ def build_router(
     return router
 
 
-def represent(answer: Answer, conditions: Sequence[bytes]) -> Response:
-    """Write a known user's answer; `conditions` are the values of If-None-Match."""
+def represent(answer: Answer, conditions: Sequence[bytes]) -> tuple[int, Headers, bytes]:
+    """Give status, headers and body of a known user's answer; `conditions` are the values of If-None-Match."""
     entry = answer.entry
     if answer.source in _TOLD_AS_HIT:
         status = b"goodstanding; hit; ttl=%d" % answer.ttl
@@ -442,10 +444,16 @@ def represent(answer: Answer, conditions: Sequence[bytes]) -> Response:
         (b"etag", etag),
     ]
     if conditions and _matches(conditions, etag):
-        response = Response(None, 304)
-    else:
-        response = Response(entry.body)
-        headers += [(b"content-length", b"%d" % len(response.body)), (b"content-type", b"application/json")]
+        return 304, headers, b""
+    body = entry.body or b""
+    headers += [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+    return 200, headers, body
+
+
+def respond(answer: Answer, conditions: Sequence[bytes]) -> Response:
+    """Make the response of a known user's answer."""
+    status, headers, body = represent(answer, conditions)
+    response = Response(body, status)
     response.raw_headers = headers
     return response
 

@@ -33,9 +33,7 @@ PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5
 """How often Redis is asked to take a write: so soon is a Redis that takes none noticed, and one that is back."""
 
-_LANES: Final = 2
-_MOST_JOINED: Final = 100
-_TICKS: Final = 25
+_MOST_DECODED: Final = 4096
 _SCAN_COUNT: Final = 1000
 _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
@@ -130,6 +128,8 @@ class RedisCache:
         # A server's databases share their channels, and another database is another app's.
         pool = getattr(client, "connection_pool", None)
         self._channel = f"goodstanding:{(pool.connection_kwargs.get('db') if pool is not None else None) or 0}"
+        self._decoded: dict[UserId, tuple[bytes, Entry]] = {}
+        """What was read before: the same text is the same entry."""
         self._breaker = Breaker("redis")
         self._closed = False
         self._wire: Wire | ClusterWire
@@ -372,10 +372,18 @@ class RedisCache:
     def _accept(self, text: bytes | None, user_id: UserId, oldest: datetime | None = None) -> Entry | None:
         if text is None:
             return None
-        entry = decode(text, user_id=user_id, policy=self._policy)
-        if isinstance(entry, Rejection):
-            CACHE_REJECTED.labels(entry.value).inc()
-            return None
+        known = self._decoded.get(user_id)
+        if known is not None and known[0] == text:
+            entry = known[1]
+        else:
+            decoded = decode(text, user_id=user_id, policy=self._policy)
+            if isinstance(decoded, Rejection):
+                CACHE_REJECTED.labels(decoded.value).inc()
+                return None
+            entry = decoded
+            if len(self._decoded) >= _MOST_DECODED:
+                self._decoded.clear()
+            self._decoded[user_id] = text, entry
         return None if oldest is not None and entry.computed_at < oldest else entry
 
     def _oldest_of(self, asked: datetime | None) -> datetime | None:

@@ -19,19 +19,18 @@ async def _nobody(_users: Sequence[UserId] | None) -> None:
     """Tell nobody: there is no other process."""
 
 
-@dataclass(slots=True, eq=False)
-class Kept:
-    """What is served of a user `until` a moment of the monotonic clock; `prepared` is its reader's own."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is served of a user `until` a moment of the monotonic clock."""
 
     entry: Entry
     until: float
-    prepared: object = None
 
 
 class Memory(Protocol):
     """Something that keeps values in this process."""
 
-    def peek(self, user_id: str) -> Kept | None:
+    def peek(self, user_id: str) -> Entry | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
 
 
@@ -39,7 +38,7 @@ class Memory(Protocol):
 class _Slot:
     """What is remembered about one user; moments are in seconds of the monotonic clock."""
 
-    kept: Kept | None = None
+    kept: _Kept | None = None
     last_good: Entry | None = None
     last_good_until: float = 0.0
     lease: str | None = None
@@ -77,12 +76,11 @@ class MemoryCache:
                 found.append(Fetched(None, None))
                 continue
             self._slots.move_to_end(user)
-            kept = _served(slot, now, oldest)
             lease = slot.lease if now < slot.lease_until else None
-            found.append(Fetched(kept.entry if kept is not None else None, lease))
+            found.append(Fetched(_served(slot, now, oldest), lease))
         return found
 
-    def peek(self, user_id: str) -> Kept | None:
+    def peek(self, user_id: str) -> Entry | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         slot = self._slots.get(user_id)
         if slot is None:
@@ -122,7 +120,7 @@ class MemoryCache:
             holds = slot is not None and slot.lease == token and now < slot.lease_until
             if slot is not None and holds:
                 known = entry.body is not None
-                slot.kept = Kept(entry, now + (self.lives.value if known else self.lives.unknown) / 1000)
+                slot.kept = _Kept(entry, now + (self.lives.value if known else self.lives.unknown) / 1000)
                 slot.last_good = entry if known else None
                 slot.last_good_until = now + self.lives.last_good / 1000
                 slot.lease = None
@@ -166,11 +164,11 @@ class MemoryCache:
         return slot
 
 
-def _served(slot: _Slot, now: float, oldest: datetime | None) -> Kept | None:
+def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
     kept = slot.kept
     if kept is None or now >= kept.until or (oldest is not None and kept.entry.computed_at < oldest):
         return None
-    return kept
+    return kept.entry
 
 
 @dataclass(slots=True)
@@ -188,7 +186,7 @@ class MemoryTier:
     trusted: Callable[[], bool]
     clock: Clock
     monotonic: Callable[[], float] = time.monotonic
-    _kept: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[str, _Kept] = field(default_factory=OrderedDict)
     _events: int = 0
     _evicted: OrderedDict[UserId, int] = field(default_factory=OrderedDict)
     _forgotten: int = 0
@@ -218,10 +216,10 @@ class MemoryTier:
                     self._keep(user, fetched.entry, asked)
         return [found[user] for user in user_ids]
 
-    def peek(self, user_id: str) -> Kept | None:
+    def peek(self, user_id: str) -> Entry | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         kept = self._kept.get(user_id)
-        return kept if kept is not None and self.monotonic() < kept.until and self.trusted() else None
+        return kept.entry if kept is not None and self.monotonic() < kept.until and self.trusted() else None
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
         """Read from below."""
@@ -283,7 +281,7 @@ class MemoryTier:
             return
         life = self.lives.unknown if entry.body is None else self.lives.value
         left = life / 1000 - (self.clock() - entry.computed_at).total_seconds()
-        self._kept[user_id] = Kept(entry, self.monotonic() + min(self.seconds, left))
+        self._kept[user_id] = _Kept(entry, self.monotonic() + min(self.seconds, left))
         self._kept.move_to_end(user_id)
         if len(self._kept) > self.capacity:
             self._kept.popitem(last=False)

@@ -81,6 +81,18 @@ class Answer:
         return self.entry.data
 
 
+@dataclass(slots=True)
+class Look:
+    """What a look into the cache showed, which began at a moment of the service's own order of events."""
+
+    begin: int
+    leases: "dict[UserId, str | None]"
+    """Whom it looked for, and whose lease was out."""
+    answers: "dict[UserId, Answer]" = field(default_factory=dict)
+    reason: LoadReason = LoadReason.REQUEST
+    """Why whatever is missing is loaded."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """What a load ended with; where it is `stale`, the last known good copies of those users who have one."""
@@ -152,6 +164,7 @@ class ReputationService:
         self._loads: dict[asyncio.Task[None], _Flight] = {}
         self._refreshing: set[UserId] = set()
         self._events = count()
+        self._looking: list[tuple[UserId, Callable[[Look | None], None]]] = []
         self._checked = -_CHECK_SECONDS
 
     @classmethod
@@ -203,9 +216,13 @@ class ReputationService:
         away = {"database": not self._database.closed, "cache": not self._cache.available}
         return tuple(name for name, is_away in away.items() if is_away)
 
-    async def read(self, user_id: UserId, *, use_cache: bool = True) -> Answer:
-        """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError."""
-        answer = (await self._read([user_id], use_cache=use_cache))[user_id]
+    async def read(self, user_id: UserId, *, use_cache: bool = True, look: Look | None = None) -> Answer:
+        """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError.
+
+        A `look` at this user that was taken for this read is not taken again.
+        """
+        look = look or await self._look([user_id], use_cache=use_cache)
+        answer = look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
         if answer.entry.body is None:
             raise UserNotFoundError
         return answer
@@ -215,7 +232,18 @@ class ReputationService:
 
         `Answer.data` is None for unknown users. Raises TemporarilyUnavailableError when any of them cannot be had.
         """
-        return await self._read(user_ids, use_cache=use_cache)
+        look = await self._look(user_ids, use_cache=use_cache)
+        missing = [user for user in look.leases if user not in look.answers]
+        return look.answers | await self._load(missing, look) if missing else look.answers
+
+    def look(self, user_id: UserId, tell: Callable[[Look | None], None]) -> None:
+        """Look a user up in the cache, and tell what it showed, or None where it came to nothing.
+
+        All looks of one turn of the loop are one. `tell` must not raise.
+        """
+        if not self._looking:
+            asyncio.get_running_loop().call_soon(self._start_looking)
+        self._looking.append((user_id, tell))
 
     def horizon(self, entry: Entry) -> tuple[float, float, float]:
         """Tell when a known user's entry was computed, may first be refreshed, and expires; in seconds since 1970."""
@@ -253,22 +281,33 @@ class ReputationService:
             return False
         return True
 
-    async def _read(self, user_ids: Sequence[UserId], *, use_cache: bool) -> Mapping[UserId, Answer]:
-        begin = next(self._events)
-        leases: dict[UserId, str | None] = dict.fromkeys(user_ids)
-        answers: dict[UserId, Answer] = {}
-        reason = LoadReason.REQUEST
+    def _start_looking(self) -> None:
+        looking, self._looking = self._looking, []
+        looked: list[Look] = []
+
+        async def look() -> None:
+            try:
+                looked.append(await self._look([user for user, _ in looking], use_cache=True))
+            except Exception:  # noqa: BLE001 - whoever looks is told that it came to nothing
+                _log.exception("look_failed")
+
+        def told(_task: "asyncio.Task[None]") -> None:
+            # Also where the task was cancelled before its first step.
+            for _, tell in looking:
+                tell(looked[0] if looked else None)
+
+        self._spawn(look()).add_done_callback(told)
+
+    async def _look(self, user_ids: Sequence[UserId], *, use_cache: bool) -> Look:
+        look = Look(next(self._events), dict.fromkeys(user_ids))
         if use_cache:
             try:
-                answers = await self._cached(leases)
-                reason = LoadReason.MISS
+                look.answers = await self._cached(look.leases)
+                look.reason = LoadReason.MISS
             except CacheAwayError:
-                CACHE_READS.labels("away").inc(len(leases))
-                reason = LoadReason.AWAY
-        missing = [user for user in leases if user not in answers]
-        if missing:
-            answers |= await self._load(missing, begin=begin, leases=leases, reason=reason)
-        return answers
+                CACHE_READS.labels("away").inc(len(look.leases))
+                look.reason = LoadReason.AWAY
+        return look
 
     async def _cached(self, leases: dict[UserId, str | None]) -> dict[UserId, Answer]:
         """Answer from the cache for those it knows, and note whose lease is out; raises CacheAwayError."""
@@ -292,10 +331,9 @@ class ReputationService:
             _MISSES.inc(len(leases) - len(answers))
         return answers
 
-    async def _load(
-        self, user_ids: Sequence[UserId], *, begin: int, leases: Mapping[UserId, str | None], reason: LoadReason
-    ) -> dict[UserId, Answer]:
+    async def _load(self, user_ids: Sequence[UserId], look: Look) -> dict[UserId, Answer]:
         """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
+        begin, leases, reason = look.begin, look.leases, look.reason
         shared: dict[UserId, _Flight] = {}
         own = []
         for user in user_ids:
