@@ -238,10 +238,8 @@ class _Endpoints:
         self._authorize(request, LimitKind.READ, Role.AUTHENTICATED, Role.SERVICE_ROLE)
         asked = {text: parse_user_id(text) for text in (await _body(request, BatchRequest)).user_ids}
         answers = await self._runtime().service.read_many(list(dict.fromkeys(asked.values())))
-        sources = {answer.source for answer in answers.values()}
-        request.state.source = (
-            "stale" if Source.STALE in sources else "cache" if sources == {Source.HIT} else "database"
-        )
+        others = [answer.source for answer in answers.values() if answer.source is not Source.HIT]
+        request.state.source = "stale" if Source.STALE in others else "database" if others else "cache"
         return Response(_batch(asked, answers), media_type="application/json")
 
     async def stream(self, request: Request) -> Response:

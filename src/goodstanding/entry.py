@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from goodstanding.data import BadgeColor, ReputationData, UserId
 
@@ -74,8 +74,7 @@ class Entry:
         return f"Entry({self.data!r}, {self.computed_at!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(NamedTuple):
     """What one look into the cache showed: an entry that may be served, and whose lease is out, if any."""
 
     entry: Entry | None

@@ -202,11 +202,14 @@ class MemoryTier:
         if not self.trusted():
             return await self.below.fetch(user_ids)
         now = self.monotonic()
-        found: dict[UserId, Fetched] = {}
-        for user in user_ids:
-            kept = self._kept.get(user)
-            if kept is not None and now < kept.until:
-                found[user] = Fetched(kept.entry, None)
+        kept = self._kept
+        found = {
+            user: Fetched(one.entry, None)
+            for user in user_ids
+            if (one := kept.get(user)) is not None and now < one.until
+        }
+        if len(found) == len(user_ids):
+            return [*found.values()]
         missing = [user for user in user_ids if user not in found]
         if missing:
             asked = self._events

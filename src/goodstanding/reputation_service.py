@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import structlog
 
@@ -64,8 +64,7 @@ _UNCACHED: Final = frozenset({LoadReason.REQUEST, LoadReason.AWAY})
 """Loads that never end with a value from the cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """One user's reputation and where it came from; an unknown user's entry has no data.
 
     `ttl` is the entry's remaining life in whole seconds, negative when it is stale.
@@ -152,7 +151,8 @@ class ReputationService:
         self._cache = cache
         self._history = history
         self._calculator = ReputationCalculator(policy)
-        self._lives = lives
+        self._life, self._unknown_life = lives.value / 1000, lives.unknown / 1000
+        self._refresh_from = self._life * _REFRESH_AT
         self._load_deadline = load_deadline
         self._cache_wait = cache_wait
         self._clock = clock
@@ -247,8 +247,8 @@ class ReputationService:
 
     def horizon(self, entry: Entry) -> tuple[float, float, float]:
         """Tell when a known user's entry was computed, may first be refreshed, and expires; in seconds since 1970."""
-        computed, life = entry.computed_at.timestamp(), self._lives.value / 1000
-        return computed, computed + life * _REFRESH_AT, computed + life
+        computed = entry.computed_at.timestamp()
+        return computed, computed + self._refresh_from, computed + self._life
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
         """Drop what is cached about these users; raises CacheAwayError when that cannot be done now."""
@@ -315,12 +315,13 @@ class ReputationService:
         due = []
         fetched = await self._cache.fetch([*leases])
         now = self._clock()
-        for user, found in zip(leases, fetched, strict=True):
-            leases[user] = found.lease
-            if found.entry is not None:
-                age = (now - found.entry.computed_at).total_seconds()
-                answers[user] = self._answer(found.entry, Source.HIT, age)
-                if found.lease is None and user not in self._refreshing and self._is_due(found.entry, age):
+        for user, (entry, lease) in zip(leases, fetched, strict=True):
+            leases[user] = lease
+            if entry is not None:
+                age = (now - entry.computed_at).total_seconds()
+                life = self._life if entry.body is not None else self._unknown_life
+                answers[user] = Answer(entry, Source.HIT, _ttl(life, age))
+                if age >= self._refresh_from and lease is None and self._is_due(user, entry, age):
                     due.append(user)
         if due and self._database.closed:
             self._refreshing.update(due)
@@ -363,7 +364,12 @@ class ReputationService:
                 raise TemporarilyUnavailableError
             entry = loaded.entries[user]
             age = (now - entry.computed_at).total_seconds()
-            answers[user] = self._answer(entry, Source.STALE if loaded.stale else _SOURCES[reason], age)
+            life = self._life if entry.body is not None else self._unknown_life
+            if loaded.stale:
+                # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
+                answers[user] = Answer(entry, Source.STALE, min(-1, int(life - age)))
+            else:
+                answers[user] = Answer(entry, _SOURCES[reason], _ttl(life, age))
         stale = sum(answer.source is Source.STALE for answer in answers.values())
         if stale:
             STALE_SERVED.inc(stale)
@@ -528,16 +534,13 @@ class ReputationService:
         finally:
             self._refreshing.difference_update(user_ids)
 
-    def _is_due(self, entry: Entry, age: float) -> bool:
+    def _is_due(self, user_id: UserId, entry: Entry, age: float) -> bool:
         """Tell whether an entry of this age, in seconds, should be refreshed ahead of its expiry."""
-        share = age * 1000 / self._lives.value
-        if entry.body is None or share < _REFRESH_AT:
+        if entry.body is None or user_id in self._refreshing:
             return False
-        return share >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
+        return age >= self._refresh_from + self._life * self._random(0.0, _REFRESH_JITTER)
 
-    def _answer(self, entry: Entry, source: Source, age: float) -> Answer:
-        life = (self._lives.unknown if entry.body is None else self._lives.value) / 1000
-        if source is Source.STALE:
-            # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
-            return Answer(entry, source, min(-1, int(life - age)))
-        return Answer(entry, source, max(0, min(int(life - age), int(life))))
+
+def _ttl(life: float, age: float) -> int:
+    """Give the whole seconds that are left of a life. A clock that was set back makes nobody younger than new."""
+    return int(life - age) if 0 <= age <= life else 0 if age > life else int(life)
