@@ -367,7 +367,7 @@ async def test_a_failed_refresh_leaves_the_entry(redis_url: str, database: Datab
                 for _ in range(20):
                     assert (1, "hit") == await _told(service, truth.user_id)
                 # With its circuit open not even a lease is asked for.
-                assert "cmdstat_eval" not in await client.info("commandstats")
+                assert "cmdstat_set" not in await client.info("commandstats")
                 assert tried == metric("goodstanding_loads_total", reason="refresh")
                 assert 0 == await client.exists(lease_key(truth.user_id))
 
@@ -541,9 +541,9 @@ class _HeldCache(RedisCache):
     held: asyncio.Event | None = None
     holding = 0
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
         """Read as ever, and wait while `held` is set up."""
-        found = await super().fetch(user_ids)
+        found = await super().fetch(user_ids, token=token)
         await self._hold(read.entry for read in found)
         return found
 
@@ -740,6 +740,7 @@ async def test_a_batch_does_not_wait_for_other_processes(redis_url: str, databas
             answers = await service.read_many([truth.user_id, other.user_id])
             assert [(1, "miss"), (2, "miss")] == [_seen(answer) for answer in answers.values()]
             assert before + 1 == queries()
+            await settled(service)
             found = await cache.fetch([truth.user_id, other.user_id])
             assert [(None, "other"), (2, None)] == [
                 (read.entry and read.entry.data and read.entry.data.completed_sessions, read.lease) for read in found

@@ -54,6 +54,7 @@ class Three:
     """The paths that the fast lane left to the application."""
     hits: list[bytes]
     """What the protocol answered by itself."""
+    has_memory: bool
 
     def ask(self, way: str, request: bytes) -> RawAnswer:
         """Send bytes as they are, and read the answer."""
@@ -75,13 +76,13 @@ class Three:
         assert runtime is not None
         answer = self.get("route", user, headers)
         assert 200 == answer.status
-        if runtime.memory is None:
+        if not self.has_memory:
             return answer.headers["cache-status"].startswith("goodstanding; hit")
-        return runtime.memory.peek(user) is not None
+        return runtime.service.peek(user) is not None
 
 
 @contextmanager
-def _serving(app: Application, clock: Clock) -> Iterator[Three]:
+def _serving(app: Application, clock: Clock, *, has_memory: bool) -> Iterator[Three]:
     passed: list[str] = []
     inner = app.lane._app  # noqa: SLF001 - where the lane ends
 
@@ -125,7 +126,7 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
     wait_until(lambda: all(server.started for server in servers.values()) or not thread.is_alive())
     urls = {way: f"http://127.0.0.1:{listener.getsockname()[1]}" for way, listener in listeners.items()}
     try:
-        yield Three(app, clock, urls, passed, hits)
+        yield Three(app, clock, urls, passed, hits, has_memory)
     finally:
         for server in servers.values():
             server.should_exit = True
@@ -142,7 +143,7 @@ def three_ways(backend: Backend, **overrides: object) -> Iterator[Three]:
         patch.setattr(main, "unix_now", clock.seconds)
         app = create_app(backend.settings(**overrides))
         assert isinstance(app, Application)
-        with _serving(app, clock) as three:
+        with _serving(app, clock, has_memory=overrides.get("memory_seconds") != 0) as three:
             yield three
 
 

@@ -35,7 +35,6 @@ from goodstanding.errors import (
     UnsupportedMediaTypeError,
 )
 from goodstanding.limits import LimitKind, RateLimiter
-from goodstanding.memory import Memory
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
@@ -85,7 +84,6 @@ class Runtime:
     authenticator: Authenticator
     limiter: RateLimiter
     subscribers: Subscribers
-    memory: Memory | None
     key_set: KeySet | None
     hears: Callable[[], bool]
     """Tells whether a relay was heard just now."""

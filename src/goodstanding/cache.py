@@ -39,6 +39,7 @@ _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
 _MOST_PROBE_KEYS: Final = 1000
 _SCRIPTS: Final = files("goodstanding")
+_LOOK: Final = _SCRIPTS.joinpath("look.lua").read_text("utf-8")
 _FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
 _RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
 _VOUCH: Final = _SCRIPTS.joinpath("vouch.lua").read_text("utf-8")
@@ -54,8 +55,15 @@ class Cache(Protocol):
         """Whether the cache is being asked at all."""
         ...
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read what is cached about each user, and whether a lease is out; one round trip, same order."""
+    def peek(self, user_id: str) -> Entry | None:
+        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+        ...
+
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read what is cached about each user, and whether a lease is out; one round trip, same order.
+
+        With a token, whoever has neither is leased under it.
+        """
         ...
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
@@ -180,10 +188,19 @@ class RedisCache:
         """Whether Redis is being asked at all."""
         return self._breaker.closed
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read value and lease of each user in one round trip."""
+    def peek(self, _user_id: str) -> Entry | None:
+        """Give nothing: Redis has to be asked."""
+        return None
+
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read value and lease of each user in one round trip; with a token, take the lease of whom nobody knows."""
         asked = self._oldest()
-        replies = await self._send([("MGET", value_key(user), lease_key(user)) for user in user_ids])
+        commands: list[Command] = (
+            [("MGET", value_key(user), lease_key(user)) for user in user_ids]
+            if token is None
+            else [("EVAL", _LOOK, 2, value_key(user), lease_key(user), token, self._lives.lease) for user in user_ids]
+        )
+        replies = await self._send(commands)
         oldest = self._oldest_of(asked)
         return [
             Fetched(self._accept(value, user, oldest), None if lease is None else lease.decode("ascii", "replace"))

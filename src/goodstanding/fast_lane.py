@@ -188,7 +188,7 @@ class FastLane:
     def hit(self, user: str, asked: Asked) -> Prepared | None:
         """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
         runtime = self._runtime()
-        entry = runtime.memory.peek(user) if runtime is not None and runtime.memory is not None else None
+        entry = runtime.service.peek(user) if runtime is not None else None
         if runtime is None or entry is None or entry.body is None:
             return None
         now = self._now()

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Final
 
 from goodstanding.cache import Cache
 from goodstanding.data import Clock, UserId
@@ -25,13 +25,6 @@ class _Kept:
 
     entry: Entry
     until: float
-
-
-class Memory(Protocol):
-    """Something that keeps values in this process."""
-
-    def peek(self, user_id: str) -> Entry | None:
-        """Give what is served of a user at this moment, if anything is; any text may be asked for."""
 
 
 @dataclass(slots=True)
@@ -65,19 +58,23 @@ class MemoryCache:
         """Memory is always there."""
         return True
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read what is remembered about each user, and whether a lease is out."""
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read what is remembered about each user, and whether a lease is out, taking it under a token."""
         now = self.monotonic()
         oldest = self.oldest()
         found = []
         for user in user_ids:
-            slot = self._slots.get(user)
+            slot = self._slots.get(user) if token is None else self._slot(user)
             if slot is None:
                 found.append(Fetched(None, None))
                 continue
             self._slots.move_to_end(user)
+            entry = _served(slot, now, oldest)
             lease = slot.lease if now < slot.lease_until else None
-            found.append(Fetched(_served(slot, now, oldest), lease))
+            if entry is None and lease is None and token is not None:
+                lease = slot.lease = token
+                slot.lease_until = now + self.lives.lease / 1000
+            found.append(Fetched(entry, lease))
         return found
 
     def peek(self, user_id: str) -> Entry | None:
@@ -197,10 +194,10 @@ class MemoryTier:
         """Whether the cache below is being asked."""
         return self.below.available
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read from memory, and from below in one round trip what is not there."""
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read from memory, and from below in one round trip what is not there; leases are taken there."""
         if not self.trusted():
-            return await self.below.fetch(user_ids)
+            return await self.below.fetch(user_ids, token=token)
         now = self.monotonic()
         kept = self._kept
         found = {
@@ -213,7 +210,7 @@ class MemoryTier:
         missing = [user for user in user_ids if user not in found]
         if missing:
             asked = self._events
-            for user, fetched in zip(missing, await self.below.fetch(missing), strict=True):
+            for user, fetched in zip(missing, await self.below.fetch(missing, token=token), strict=True):
                 found[user] = fetched
                 if fetched.entry is not None:
                     self._keep(user, fetched.entry, asked)

@@ -1,12 +1,12 @@
 """The service: cache -> history -> calculator -> cache. It alone decides where an answer comes from."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
+from random import getrandbits
 from typing import Final, NamedTuple, Self
 
 import structlog
@@ -15,7 +15,7 @@ from goodstanding.breaker import Breaker, watch
 from goodstanding.cache import Cache
 from goodstanding.calculator import ReputationCalculator
 from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
-from goodstanding.entry import Entry, Lives
+from goodstanding.entry import Entry, Fetched, Lives
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.history import SessionHistory
 from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, STALE_SERVED
@@ -115,6 +115,28 @@ class _Flight:
     """The moment at which it began to read its outcome, in the service's own order of events; None: not yet."""
     newest: int = -1
     """The moment at which the newest of the reads that share it began."""
+    _waiting: "list[asyncio.Future[None]]" = field(default_factory=list)
+
+    async def landed(self) -> None:
+        """Wait for the outcome, without a part in the load: whoever goes away takes it from nobody."""
+        if not self.loaded.done():
+            # Of one's own, and not asyncio.shield: that costs another turn of the loop.
+            mine = asyncio.get_running_loop().create_future()
+            self._waiting.append(mine)
+            await mine
+
+    def land(self, outcome: _Loaded | Exception) -> None:
+        """Hand the outcome, the first one alone, to everyone who shares the load."""
+        if self.loaded.done():
+            return
+        if isinstance(outcome, Exception):
+            self.loaded.set_exception(outcome)
+            self.loaded.exception()  # retrieved, even if everyone who waited has gone
+        else:
+            self.loaded.set_result(outcome)
+        for mine in self._waiting:
+            if not mine.done():
+                mine.set_result(None)
 
     def serves(self, user_id: UserId, *, begin: int, lease: str | None) -> bool:
         """Tell whether a read that began at `begin`, and then saw `lease`, may share this load.
@@ -158,6 +180,8 @@ class ReputationService:
         self._clock = clock
         self._random = random
         self._spawn = spawn
+        # Bound now: a logger that is looked up costs more than a line that is not written.
+        self._log = _log.bind()
         self._slots = asyncio.Semaphore(concurrent_loads)
         self._database = Breaker("database")
         self._flights: dict[UserId, _Flight] = {}
@@ -221,7 +245,13 @@ class ReputationService:
 
         A `look` at this user that was taken for this read is not taken again.
         """
-        look = look or await self._look([user_id], use_cache=use_cache)
+        if look is None:
+            entry = self._cache.peek(user_id) if use_cache else None
+            look = Look(next(self._events), {user_id: None})
+            if entry is not None:
+                self._note(look, [Fetched(entry, None)])
+            elif use_cache:
+                look = await self._looked(user_id)
         answer = look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
         if answer.entry.body is None:
             raise UserNotFoundError
@@ -232,14 +262,21 @@ class ReputationService:
 
         `Answer.data` is None for unknown users. Raises TemporarilyUnavailableError when any of them cannot be had.
         """
-        look = await self._look(user_ids, use_cache=use_cache)
+        look = Look(next(self._events), dict.fromkeys(user_ids))
+        if use_cache:
+            await self._fetch(look)
         missing = [user for user in look.leases if user not in look.answers]
         return look.answers | await self._load(missing, look) if missing else look.answers
+
+    def peek(self, user_id: str) -> Entry | None:
+        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+        return self._cache.peek(user_id)
 
     def look(self, user_id: UserId, tell: Callable[[Look | None], None]) -> None:
         """Look a user up in the cache, and tell what it showed, or None where it came to nothing.
 
-        All looks of one turn of the loop are one. `tell` must not raise.
+        All looks of one turn of the loop are one, and begin the loads of those whom nobody knows. `tell` must not
+        raise.
         """
         if not self._looking:
             asyncio.get_running_loop().call_soon(self._start_looking)
@@ -281,15 +318,26 @@ class ReputationService:
             return False
         return True
 
+    async def _looked(self, user_id: UserId) -> Look:
+        told: asyncio.Future[Look | None] = asyncio.get_running_loop().create_future()
+        self.look(user_id, lambda look: None if told.done() else told.set_result(look))
+        look = await told
+        if look is None:
+            raise TemporarilyUnavailableError
+        return look
+
     def _start_looking(self) -> None:
         looking, self._looking = self._looking, []
         looked: list[Look] = []
 
         async def look() -> None:
+            look = Look(next(self._events), dict.fromkeys(user for user, _ in looking))
             try:
-                looked.append(await self._look([user for user, _ in looking], use_cache=True))
+                await self._fetch(look, token=_token())
             except Exception:  # noqa: BLE001 - whoever looks is told that it came to nothing
                 _log.exception("look_failed")
+            else:
+                looked.append(look)
 
         def told(_task: "asyncio.Task[None]") -> None:
             # Also where the task was cancelled before its first step.
@@ -298,25 +346,27 @@ class ReputationService:
 
         self._spawn(look()).add_done_callback(told)
 
-    async def _look(self, user_ids: Sequence[UserId], *, use_cache: bool) -> Look:
-        look = Look(next(self._events), dict.fromkeys(user_ids))
-        if use_cache:
-            try:
-                look.answers = await self._cached(look.leases)
-                look.reason = LoadReason.MISS
-            except CacheAwayError:
-                CACHE_READS.labels("away").inc(len(look.leases))
-                look.reason = LoadReason.AWAY
-        return look
+    async def _fetch(self, look: Look, *, token: str | None = None) -> None:
+        """Look into the cache; with a token, load whom nobody knows and nobody is loading."""
+        look.reason = LoadReason.MISS
+        try:
+            self._note(look, await self._cache.fetch([*look.leases], token=token))
+        except CacheAwayError:
+            CACHE_READS.labels("away").inc(len(look.leases))
+            look.reason = LoadReason.AWAY
+            return
+        for user, lease in look.leases.items():
+            if token is not None and lease == token:
+                # At once, and not when whoever asked comes for it, who may have gone: a lease binds everybody.
+                self._take_off((user,), look, token=token, leased={user})
 
-    async def _cached(self, leases: dict[UserId, str | None]) -> dict[UserId, Answer]:
-        """Answer from the cache for those it knows, and note whose lease is out; raises CacheAwayError."""
-        answers = {}
+    def _note(self, look: Look, fetched: Sequence[Fetched]) -> None:
+        """Note what the cache knows, and whose lease is out, and refresh what is about to expire."""
+        answers = look.answers
         due = []
-        fetched = await self._cache.fetch([*leases])
         now = self._clock()
-        for user, (entry, lease) in zip(leases, fetched, strict=True):
-            leases[user] = lease
+        for user, (entry, lease) in zip(look.leases, fetched, strict=True):
+            look.leases[user] = lease
             if entry is not None:
                 age = (now - entry.computed_at).total_seconds()
                 life = self._life if entry.body is not None else self._unknown_life
@@ -328,9 +378,8 @@ class ReputationService:
             self._spawn(self._refresh(tuple(due)))
         if answers:
             _HITS.inc(len(answers))
-        if len(answers) < len(leases):
-            _MISSES.inc(len(leases) - len(answers))
-        return answers
+        if len(answers) < len(look.leases):
+            _MISSES.inc(len(look.leases) - len(answers))
 
     async def _load(self, user_ids: Sequence[UserId], look: Look) -> dict[UserId, Answer]:
         """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
@@ -349,13 +398,10 @@ class ReputationService:
             else:
                 own.append(user)
         if own:
-            flight = self._take_off(
-                tuple(own), reason, begin=begin, foreign={user for user in own if leases[user] is not None}
-            )
+            flight = self._take_off(tuple(own), look, token=_token(), leased=set())
             shared.update(dict.fromkeys(own, flight))
         for flight in set(shared.values()):
-            # Shielded: a caller that goes away takes nobody's load with it.
-            await asyncio.shield(flight.loaded)
+            await flight.landed()
         answers = {}
         now = self._clock()
         for user, flight in shared.items():
@@ -375,13 +421,12 @@ class ReputationService:
             STALE_SERVED.inc(stale)
         return answers
 
-    def _take_off(
-        self, user_ids: tuple[UserId, ...], reason: LoadReason, *, begin: int, foreign: set[UserId]
-    ) -> _Flight:
+    def _take_off(self, user_ids: tuple[UserId, ...], look: Look, *, token: str, leased: set[UserId]) -> _Flight:
         future: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
         before = {self._flights[user] for user in user_ids if user in self._flights}
-        flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before), newest=begin)
+        flight = _Flight(user_ids, look.reason, token, future, tuple(before), leased, newest=look.begin)
         self._flights.update(dict.fromkeys(user_ids, flight))
+        foreign = {user for user in user_ids if look.leases[user] is not None}
         task = self._spawn(self._fly(flight, foreign=foreign))
         self._loads[task] = flight
         task.add_done_callback(self._ended)
@@ -389,7 +434,7 @@ class ReputationService:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         # A task that is cancelled before its first step runs nothing, not even its `finally`.
-        self._land(self._loads.pop(task), TemporarilyUnavailableError())
+        self._loads.pop(task).land(TemporarilyUnavailableError())
 
     async def _settle(self) -> None:
         """Let the loads that were answered already store what they loaded."""
@@ -400,23 +445,15 @@ class ReputationService:
     async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
         """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
         try:
-            loaded = await self._outcome(flight, foreign)
-            if not flight.loaded.done():
-                flight.loaded.set_result(loaded)
+            flight.land(await self._outcome(flight, foreign))
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait for this load
-            self._land(flight, error)
+            flight.land(error)
         finally:
             # Only the service's own end cancels a load; whoever still waits for it is told to come back.
-            self._land(flight, TemporarilyUnavailableError())
+            flight.land(TemporarilyUnavailableError())
             for user in flight.users:
                 if self._flights.get(user) is flight:
                     del self._flights[user]
-
-    @staticmethod
-    def _land(flight: _Flight, error: Exception) -> None:
-        if not flight.loaded.done():
-            flight.loaded.set_exception(error)
-            flight.loaded.exception()  # retrieved, even if everyone who waited has gone
 
     async def _outcome(self, flight: _Flight, foreign: set[UserId]) -> _Loaded:
         if flight.reason in _UNCACHED:
@@ -440,16 +477,21 @@ class ReputationService:
             return await self._last_known_good(flight.users)
         loaded = _Loaded(entries)
         if flight.reason is LoadReason.MISS:
-            # Whoever asks before it is filled finds no older value, and shares this load: nobody waits for the fill.
-            flight.loaded.set_result(loaded)
+            # Whoever asks before it is filled finds no older value, and shares this load: nobody waits for the fill,
+            # and whoever waited goes first.
+            flight.land(loaded)
+            await asyncio.sleep(0)
         if flight.leased:
-            try:
-                stored = await self._cache.fill({user: entries[user] for user in flight.leased}, flight.token)
-            except CacheAwayError:
-                stored = [False] * len(flight.leased)
-            CACHE_FILLS.labels("stored").inc(sum(stored))
-            CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
+            await self._fill({user: entries[user] for user in flight.leased}, flight.token)
         return loaded
+
+    async def _fill(self, entries: Mapping[UserId, Entry], token: str) -> None:
+        try:
+            stored = await self._cache.fill(entries, token)
+        except CacheAwayError:
+            stored = [False] * len(entries)
+        CACHE_FILLS.labels("stored").inc(sum(stored))
+        CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
 
     async def _turn(self, flight: _Flight) -> None:
         """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
@@ -489,7 +531,7 @@ class ReputationService:
         if not self._database.closed:
             raise TemporarilyUnavailableError
         try:
-            async with asyncio.timeout(self._load_deadline):
+            async with asyncio.timeout(self._load_deadline) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             raise TemporarilyUnavailableError from None
@@ -504,7 +546,7 @@ class ReputationService:
         finally:
             self._slots.release()
         self._database.succeeded()
-        _log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
+        self._log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
         return {
             user: Entry(
                 self._calculator.calculate(counts[user], now=now) if user in counts else None,
@@ -523,7 +565,7 @@ class ReputationService:
 
     async def _refresh(self, user_ids: tuple[UserId, ...]) -> None:
         """Load ahead of expiry those users whose lease is free; a failure leaves the entries as they are."""
-        flight = _Flight(user_ids, LoadReason.REFRESH, secrets.token_hex(8), asyncio.get_running_loop().create_future())
+        flight = _Flight(user_ids, LoadReason.REFRESH, _token(), asyncio.get_running_loop().create_future())
         try:
             with suppress(CacheAwayError):
                 await self._lease(flight, set())
@@ -539,6 +581,11 @@ class ReputationService:
         if entry.body is None or user_id in self._refreshing:
             return False
         return age >= self._refresh_from + self._life * self._random(0.0, _REFRESH_JITTER)
+
+
+def _token() -> str:
+    """Make a lease's token: told apart from every other one, not kept secret."""
+    return f"{getrandbits(64):016x}"
 
 
 def _ttl(life: float, age: float) -> int:
