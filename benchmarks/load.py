@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, cycle
 from typing import Final, Literal, TypeVar, cast
@@ -57,7 +58,7 @@ class Load:
     """What to send: connection i talks to port i of `ports` (in turn) and sends request i, i + connections, ...
 
     A `crowd` sends instead of the `requests`. It has `patience`, in seconds: what finds no connection free for so long
-    is given up, and an answer that comes later is no good one. It survives the loss of a connection.
+    is given up, and an answer that comes later is no good one. It goes on when a connection is lost.
     """
 
     mode: Literal["closed", "open", "burst"]
@@ -81,7 +82,8 @@ class Result:
     seconds: float = 0.0
     busy: float = 0.0
     statuses: dict[str, int] = field(default_factory=dict)
-    """`lost`: the server closed the connection instead of answering; `given up`: never sent."""
+    """`lost`: the server closed the connection instead of answering; `unanswered`: it did neither; `given up`: no
+    connection was free in time."""
     sources: dict[str, int] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     due: list[float] = field(default_factory=list)
@@ -302,17 +304,18 @@ class Generator:
             self._until = began + self._load.seconds
             if self._load.crowd is not None:
                 self._record = Counted(began, self._load)
-            async with asyncio.timeout(self._load.seconds + _GRACE_SECONDS):
-                if self._load.mode == "open":
-                    await self._schedule(began)
-                else:
-                    self._under_way = len(self._connections)
-                    for connection in self._connections:
-                        connection.send(self._next(), time.monotonic())
-                await self._done
+            # Whatever a crowd is not answered by then is counted as that.
+            with suppress(TimeoutError) if self._load.crowd is not None else nullcontext():
+                async with asyncio.timeout(self._load.seconds + _GRACE_SECONDS):
+                    if self._load.mode == "open":
+                        await self._schedule(began)
+                    else:
+                        self._under_way = len(self._connections)
+                        for connection in self._connections:
+                            connection.send(self._next(), time.monotonic())
+                    await self._done
             seconds, cpu = time.monotonic() - began, time.process_time() - cpu
-            for connection in self._connections:
-                connection.close()
+            self._end()
         return self._record.result(seconds, cpu / seconds)
 
     async def _connect(self, port: int) -> Connection:
@@ -320,6 +323,14 @@ class Generator:
         _, connection = await self._loop.create_connection(lambda: Connection(port, self._answered, lost), _HOST, port)
         self._connections.append(connection)
         return connection
+
+    def _end(self) -> None:
+        for connection in self._connections:
+            if connection.under_way:
+                self._record.miss("unanswered")
+            connection.close()
+        for _ in range(round(self._load.rate * self._load.seconds) - self._sent):
+            self._record.miss("given up")
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         if not self._done.done():
@@ -370,7 +381,6 @@ class Generator:
             if now - due <= self._load.patience:
                 connection.send(self._next(), due)
                 return
-            self._record.miss("given up")
         self._under_way -= 1
         self._idle.append(connection)
 
