@@ -339,7 +339,12 @@ class Generator:
     def _answered(self, connection: Connection, head: bytes) -> None:
         now = time.monotonic()
         self._record.note(connection, head, now)
-        self._turn(connection, now)
+        if self._load.crowd is not None and b"\r\nconnection: close" in head.lower():
+            connection.close()
+            self._connections.remove(connection)
+            self._group.create_task(self._replace(connection.port))
+        else:
+            self._turn(connection, now)
 
     def _turn(self, connection: Connection, now: float) -> None:
         """Go on with a connection on which nothing is under way any more."""
@@ -353,13 +358,13 @@ class Generator:
             self._record.miss("lost")
         else:
             self._idle.remove(connection)
-        self._group.create_task(self._replace(connection))
+            self._under_way += 1  # until there is another one
+        self._group.create_task(self._replace(connection.port))
 
-    async def _replace(self, lost: Connection) -> None:
-        connection = await self._connect(lost.port)
-        if not lost.under_way:
-            self._under_way += 1
-        self._turn(connection, time.monotonic())
+    async def _replace(self, port: int) -> None:
+        connection = await self._connect(port)
+        if not self._done.done():
+            self._turn(connection, time.monotonic())
 
     def _next(self) -> bytes:
         request = next(self._requests, None)

@@ -78,7 +78,7 @@ def _weight(server: Serving) -> tuple[float, float]:
 
 def _start(env: Environment, effort: Effort) -> list[Figure]:
     """Start the service, and ask for a reputation until there is one."""
-    taken = []
+    taken, cpu = [], []
     token = env.token(user_id(0))
     for _ in range(max(_STARTS, effort.rounds)):
         began = time.monotonic()
@@ -89,9 +89,19 @@ def _start(env: Environment, effort: Effort) -> list[Figure]:
                     raise RuntimeError(message)
                 time.sleep(0.005)
             taken.append(time.monotonic() - began)
+            cpu.append(server.cpu_seconds())
     middle = statistics.median(taken)
-    target = f"<= {START_SECONDS}"
-    return [Figure("from start to first answer", taken, "s", target=target, met=middle <= START_SECONDS)]
+    return [
+        Figure(
+            "from start to first answer",
+            taken,
+            "s",
+            target=f"<= {START_SECONDS}",
+            met=middle <= START_SECONDS,
+            note=f"of these {statistics.median(cpu):.2f} s of processor time",
+            raw={"processor_seconds": cpu},
+        )
+    ]
 
 
 def _workers(env: Environment, effort: Effort) -> list[Figure]:
