@@ -463,6 +463,27 @@ async def test_whoever_waits_too_long_for_a_turn_is_told_to_come_back(kit: Kit, 
         assert loop.time() - began < len(users) * 0.3
 
 
+async def test_whoever_would_wait_in_vain_is_refused_at_once(kit: Kit, database: Database) -> None:
+    """With slow loads ahead of it a read is refused while they still wait; what is cached is answered all the same."""
+    users = [await database.add_user() for _ in range(60)]
+    cached, refused = await database.add_user(), metric("goodstanding_loads_refused_total")
+    async with open_service(kit.cache, database.service_url, pool_size=1, load_deadline=2.0) as service:
+        await service.read(cached)
+        async with asyncio.TaskGroup() as group, loads_held(database):
+            slow = group.create_task(_outcome(service, users.pop()))
+            await eventually(service._slots.locked)  # noqa: SLF001 - it asks PostgreSQL now
+            await asyncio.sleep(0.5)
+        assert isinstance(await slow, Answer)
+        async with asyncio.TaskGroup() as group, loads_held(database):
+            tasks = [group.create_task(_outcome(service, who)) for who in users]
+            await eventually(lambda: any(task.done() for task in tasks))
+            told = [task.result() for task in tasks if task.done()]
+            assert (0, "hit") == _seen(await service.read(cached))
+        assert all(isinstance(one, TemporarilyUnavailableError) for one in told)
+        assert refused + len(told) <= metric("goodstanding_loads_refused_total")
+        assert any(isinstance(task.result(), Answer) for task in tasks)
+
+
 # A read that begins after an invalidation never joins a load begun before it.
 
 

@@ -18,7 +18,7 @@ from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
 from goodstanding.entry import Entry, Fetched, Lives
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.history import SessionHistory
-from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, STALE_SERVED
+from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, LOADS_REFUSED, STALE_SERVED
 from goodstanding.policy import ReputationPolicy
 from goodstanding.tasks import Spawn, background
 
@@ -28,6 +28,10 @@ _REFRESH_JITTER: Final = 0.1
 _POLL_SECONDS: Final = (0.002, 0.02)
 _PROBE_SECONDS: Final = 0.5
 _CHECK_SECONDS: Final = 1.0
+_MOST_WAIT: Final = 0.25
+"""Of the load deadline: how long a load that would have to wait for its turn may expect to wait."""
+
+_PACE_WEIGHT: Final = 0.1
 _HITS: Final = CACHE_READS.labels("hit")
 _MISSES: Final = CACHE_READS.labels("miss")
 MOST_USERS: Final = 100
@@ -152,7 +156,8 @@ class _Flight:
 class ReputationService:
     """Reputations, exact and fast, under one policy. Open it with `open`; it owns the loads that it starts.
 
-    `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once.
+    `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once. What is not cached
+    while loads have to wait for longer than a quarter of the deadline is refused at once: it would wait in vain.
     """
 
     def __init__(  # noqa: PLR0913 - one wiring, all by name
@@ -183,6 +188,9 @@ class ReputationService:
         # Bound now: a logger that is looked up costs more than a line that is not written.
         self._log = _log.bind()
         self._slots = asyncio.Semaphore(concurrent_loads)
+        self._concurrent_loads = concurrent_loads
+        self._pace = 0.0
+        """About how many seconds a query takes."""
         self._database = Breaker("database")
         self._flights: dict[UserId, _Flight] = {}
         self._loads: dict[asyncio.Task[None], _Flight] = {}
@@ -333,7 +341,8 @@ class ReputationService:
         async def look() -> None:
             look = Look(next(self._events), dict.fromkeys(user for user, _ in looking))
             try:
-                await self._fetch(look, token=_token())
+                # A lease that nobody may use would hold up everybody else.
+                await self._fetch(look, token=_token() if self._has_room(len(look.leases)) else None)
             except Exception:  # noqa: BLE001 - whoever looks is told that it came to nothing
                 _log.exception("look_failed")
             else:
@@ -373,13 +382,21 @@ class ReputationService:
                 answers[user] = Answer(entry, Source.HIT, _ttl(life, age))
                 if age >= self._refresh_from and lease is None and self._is_due(user, entry, age):
                     due.append(user)
-        if due and self._database.closed:
+        if due and self._database.closed and self._has_room(1):
             self._refreshing.update(due)
             self._spawn(self._refresh(tuple(due)))
         if answers:
             _HITS.inc(len(answers))
         if len(answers) < len(look.leases):
             _MISSES.inc(len(look.leases) - len(answers))
+
+    def _has_room(self, loads: int) -> bool:
+        """Tell whether so many more loads have their turn soon; without PostgreSQL none waits for one."""
+        waiting = len(self._loads) + loads - self._concurrent_loads
+        return (
+            not self._database.closed
+            or waiting * self._pace / self._concurrent_loads <= self._load_deadline * _MOST_WAIT
+        )
 
     async def _load(self, user_ids: Sequence[UserId], look: Look) -> dict[UserId, Answer]:
         """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
@@ -397,6 +414,9 @@ class ReputationService:
                 shared[user] = flight
             else:
                 own.append(user)
+        if own and not self._has_room(1):
+            LOADS_REFUSED.inc(len(own))
+            raise TemporarilyUnavailableError
         if own:
             flight = self._take_off(tuple(own), look, token=_token(), leased=set())
             shared.update(dict.fromkeys(own, flight))
@@ -530,11 +550,13 @@ class ReputationService:
         """Count in PostgreSQL, under the cap on concurrent loads."""
         if not self._database.closed:
             raise TemporarilyUnavailableError
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._load_deadline) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             raise TemporarilyUnavailableError from None
+        began = loop.time()
         try:
             flight.started = next(self._events)
             now = self._clock()
@@ -545,6 +567,7 @@ class ReputationService:
             raise
         finally:
             self._slots.release()
+            self._pace += (loop.time() - began - self._pace) * _PACE_WEIGHT
         self._database.succeeded()
         self._log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
         return {
