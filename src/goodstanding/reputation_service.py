@@ -28,7 +28,7 @@ _REFRESH_JITTER: Final = 0.1
 _POLL_SECONDS: Final = (0.002, 0.02)
 _PROBE_SECONDS: Final = 0.5
 _CHECK_SECONDS: Final = 1.0
-_MOST_WAIT: Final = 0.25
+_MOST_WAIT: Final = 0.5
 """Of the load deadline: how long a load that would have to wait for its turn may expect to wait."""
 
 _PACE_WEIGHT: Final = 0.1
@@ -157,7 +157,7 @@ class ReputationService:
     """Reputations, exact and fast, under one policy. Open it with `open`; it owns the loads that it starts.
 
     `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once. What is not cached
-    while loads have to wait for longer than a quarter of the deadline is refused at once: it would wait in vain.
+    while loads have to wait for longer than half of the deadline is refused at once: it would wait in vain.
     """
 
     def __init__(  # noqa: PLR0913 - one wiring, all by name
@@ -190,7 +190,8 @@ class ReputationService:
         self._slots = asyncio.Semaphore(concurrent_loads)
         self._concurrent_loads = concurrent_loads
         self._pace = 0.0
-        """About how many seconds a query takes."""
+        """About how many seconds pass from one query's end to the next one's while loads wait."""
+        self._ended_at: float | None = None
         self._database = Breaker("database")
         self._flights: dict[UserId, _Flight] = {}
         self._loads: dict[asyncio.Task[None], _Flight] = {}
@@ -393,10 +394,7 @@ class ReputationService:
     def _has_room(self, loads: int) -> bool:
         """Tell whether so many more loads have their turn soon; without PostgreSQL none waits for one."""
         waiting = len(self._loads) + loads - self._concurrent_loads
-        return (
-            not self._database.closed
-            or waiting * self._pace / self._concurrent_loads <= self._load_deadline * _MOST_WAIT
-        )
+        return not self._database.closed or waiting * self._pace <= self._load_deadline * _MOST_WAIT
 
     async def _load(self, user_ids: Sequence[UserId], look: Look) -> dict[UserId, Answer]:
         """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
@@ -550,13 +548,11 @@ class ReputationService:
         """Count in PostgreSQL, under the cap on concurrent loads."""
         if not self._database.closed:
             raise TemporarilyUnavailableError
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._load_deadline) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             raise TemporarilyUnavailableError from None
-        began = loop.time()
         try:
             flight.started = next(self._events)
             now = self._clock()
@@ -567,7 +563,7 @@ class ReputationService:
             raise
         finally:
             self._slots.release()
-            self._pace += (loop.time() - began - self._pace) * _PACE_WEIGHT
+            self._keep_pace()
         self._database.succeeded()
         self._log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
         return {
@@ -577,6 +573,12 @@ class ReputationService:
             )
             for user in flight.users
         }
+
+    def _keep_pace(self) -> None:
+        now, ended_at = asyncio.get_running_loop().time(), self._ended_at
+        if ended_at is not None:
+            self._pace += (now - ended_at - self._pace) * _PACE_WEIGHT
+        self._ended_at = now if len(self._loads) > self._concurrent_loads else None
 
     async def _last_known_good(self, user_ids: Sequence[UserId]) -> _Loaded:
         try:
