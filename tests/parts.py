@@ -43,7 +43,7 @@ def stranger() -> UserId:
 def entry(score: int = 7, *, at: datetime = NOON) -> Entry:
     """Give an entry of that many completed sessions and no no-show."""
     badge = BadgeColor.GOLD if score >= 10 else BadgeColor.GREEN
-    return Entry(ReputationData(score, badge, score, 0, at), at)
+    return Entry.of(ReputationData(score, badge, score, 0, at))
 
 
 def metric(name: str, **labels: str) -> float:

@@ -18,9 +18,7 @@ _GOOD = encode(entry(), user_id=_ME, policy=_POLICY)
 _moments = st.datetimes(timezones=st.just(UTC))
 _numbers = st.integers(-(10**12), 10**12)
 _counts = st.integers(0, 10**12)
-_known = st.builds(ReputationData, _numbers, st.sampled_from(BadgeColor), _counts, _counts, _moments).map(
-    lambda data: Entry(data, data.cache_timestamp)
-)
+_known = st.builds(ReputationData, _numbers, st.sampled_from(BadgeColor), _counts, _counts, _moments).map(Entry.of)
 _entries = _known | st.builds(Entry, st.none(), _moments)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from goodstanding.data import UserId
 from goodstanding.embedded import Postgres, Valkey
+from goodstanding.reputation_service import ReputationService
 from tests.parts import metric
 from tests.serving import GONE, INVALIDATE, SINGLE, Backend, bearer, open_backend, token, wait_until
 from tests.ways import WAYS, Three, comparable, people_of, three_ways
@@ -179,6 +180,21 @@ class TestSameAnswers:
             count = 3 if way == "repeated" else 1
             wait_until(lambda expected=requested + count: expected == requests())  # type: ignore[misc] # a default is no surprise
             assert hits + count == metric("goodstanding_cache_reads_total", result="hit")
+
+    def test_a_refusal_is_the_same_whatever_way_it_takes(
+        self, three: Three, people: dict[str, UserId], backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a read would wait in vain, also the protocol says 503, and when to come back; hits are answered."""
+        headers = bearer()
+        three.warm(people["gold"], headers)
+        three.get("repeated", people["gold"], headers)
+        cold = backend.user(completed=1)
+        monkeypatch.setattr(ReputationService, "_has_room", lambda _self, _loads: False)
+        answers = {way: comparable(three.get(way, cold, headers)) for way in WAYS}
+        assert [answers["route"]] * len(WAYS) == [*answers.values()]
+        assert 503 == answers["route"][0]
+        assert ("retry-after", "1") in answers["route"][1]
+        assert 200 == three.get("protocol", people["gold"], headers).status
 
 
 class TestGuards:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from goodstanding import main
 from goodstanding.data import UserId
-from goodstanding.fast_lane import Asked, FastLane, Prepared
+from goodstanding.fast_lane import Asked, FastLane, Ready
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
 from tests.serving import SINGLE, Backend, RawAnswer, raw_exchange, wait_until
@@ -100,9 +100,9 @@ def _serving(app: Application, clock: Clock, *, has_memory: bool) -> Iterator[Th
     class Noted(HotProtocol):
         """The protocol, whose own answers are noted."""
 
-        def _send(self, lane: FastLane, prepared: Prepared, asked: Asked, began: float) -> None:
-            hits.append(prepared.body)
-            super()._send(lane, prepared, asked, began)
+        def _send(self, lane: FastLane, ready: Ready, asked: Asked, began: float) -> None:
+            hits.append(ready.body)
+            super()._send(lane, ready, asked, began)
 
     listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in _SERVERS}
     configs = {

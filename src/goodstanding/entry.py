@@ -40,16 +40,14 @@ class Entry:
 
     __slots__ = ("body", "computed_at")
 
-    def __init__(self, data: ReputationData | None, computed_at: datetime) -> None:
+    def __init__(self, body: bytes | None, computed_at: datetime) -> None:
+        self.body = body
         self.computed_at = computed_at
-        self.body = None if data is None else body(data)
 
     @classmethod
-    def written(cls, body: bytes | None, computed_at: datetime) -> "Entry":
-        """Make an entry of what was cached."""
-        entry = cls(None, computed_at)
-        entry.body = body
-        return entry
+    def of(cls, data: ReputationData) -> "Entry":
+        """Write a reputation that was just computed."""
+        return cls(body(data), data.cache_timestamp)
 
     @property
     def seen(self) -> bytes:
@@ -131,5 +129,5 @@ def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
     except ValueError:
         return Rejection.CORRUPT
     if score is None:
-        return Entry.written(None, computed_at)
-    return Entry.written(text[: written.end(5) + 1] + b"}", computed_at)
+        return Entry(None, computed_at)
+    return Entry(text[: written.end(5) + 1] + b"}", computed_at)

@@ -15,11 +15,21 @@ from prometheus_client import Histogram
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from goodstanding.api import METRIC_SOURCES, READ_PATH, Runtime, outcome, represent, request_id, respond
+from goodstanding.api import (
+    METRIC_SOURCES,
+    READ_PATH,
+    Headers,
+    Runtime,
+    outcome,
+    problem,
+    represent,
+    request_id,
+    respond,
+)
 from goodstanding.auth import Role
 from goodstanding.data import UserId, parse_user_id
 from goodstanding.entry import Entry
-from goodstanding.errors import GoodstandingError
+from goodstanding.errors import GoodstandingError, TemporarilyUnavailableError
 from goodstanding.limits import LimitKind
 from goodstanding.metrics import CACHE_READS, REQUEST_SECONDS
 from goodstanding.reputation_service import Answer, Look, Source
@@ -58,25 +68,47 @@ class Asked:
         return request_id(self.called).encode()
 
 
-class Prepared:
-    """A hit's response, but for the request's id, as it is until its `ttl` in whole seconds is another.
+class Ready:
+    """A response, but for the request's id, and where it comes from, as the metrics call it.
 
     `lines` is what is sent before the body, but for the server's own headers.
     """
 
-    __slots__ = ("_expires", "_holds", "body", "entry", "headers", "lines", "status", "ttl")
+    __slots__ = ("body", "headers", "lines", "source", "status")
+
+    def __init__(self, source: str, status: int, headers: Headers, body: bytes) -> None:
+        self.source = source
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.lines = _LINES[status] + b"".join([b"%s: %s\r\n" % header for header in headers])
+
+
+class Prepared(Ready):
+    """A hit's response, as it is until its `ttl` in whole seconds is another."""
+
+    __slots__ = ("_body", "_expires", "_holds", "ttl")
 
     def __init__(self, entry: Entry, horizon: tuple[float, float, float], now: float, asked: Asked) -> None:
-        self.entry = entry
+        self._body = entry.body
         computed, due, self._expires = horizon
         self._holds = (computed, due)
         self.ttl = int(self._expires - now)
-        self.status, self.headers, self.body = represent(Answer(entry, Source.HIT, self.ttl), asked.conditions)
-        self.lines = _LINES[self.status] + b"".join([b"%s: %s\r\n" % header for header in self.headers])
+        super().__init__("cache", *represent(Answer(entry, Source.HIT, self.ttl), asked.conditions))
 
     def holds(self, entry: Entry, now: float) -> bool:
         """Tell whether this is still the answer, and nothing else is to be done about the entry."""
-        return self.entry is entry and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
+        return (
+            self._body is entry.body and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
+        )
+
+
+def _refused() -> Ready:
+    response = problem(TemporarilyUnavailableError())
+    return Ready("none", response.status_code, response.raw_headers, bytes(response.body))
+
+
+_REFUSED: Final = _refused()
 
 
 class FastLane:
@@ -98,7 +130,7 @@ class FastLane:
         self._now = now
         self._elsewhere = elsewhere
         self._metrics: dict[tuple[str, int, str], Histogram] = {}
-        self._untold: list[tuple[str, int, float]] = []
+        self._untold: list[tuple[str, Ready, float]] = []
         self._hits = 0
         self._heads: dict[bytes, Asked] = {}
         """By digest: a token is nowhere kept."""
@@ -126,7 +158,7 @@ class FastLane:
                     headers = [*prepared.headers, (b"x-request-id", asked.request_id())]
                     await send({"type": "http.response.start", "status": prepared.status, "headers": headers})
                     await send({"type": "http.response.body", "body": prepared.body})
-                    self.note(scope["method"], prepared.status, time.perf_counter() - began)
+                    self.note(scope["method"], prepared, time.perf_counter() - began)
                     return
                 user_id = parse_user_id(user) if look is not None else self._admit(runtime, user, asked)
                 if user_id is not None:
@@ -198,8 +230,10 @@ class FastLane:
         self._hits += 1
         return prepared
 
-    def look(self, user: str, asked: Asked, tell: Callable[[Prepared | None, Look | None], None]) -> bool:
-        """Look into the cache, within the caller's limit, and tell the response if it is a hit, and what was seen.
+    def look(self, user: str, asked: Asked, tell: Callable[[Ready | None, Look | None], None]) -> bool:
+        """Look into the cache, within the caller's limit, and tell what was seen, and the response if there is one.
+
+        There is for a hit, and for whomever the service can only refuse.
 
         False: nothing is told, the application sees to it.
         """
@@ -210,29 +244,31 @@ class FastLane:
 
         def looked(look: Look | None) -> None:
             answer = look.answers.get(user_id) if look is not None else None
-            prepared = None
-            if answer is not None and answer.entry.body is not None:
+            ready: Ready | None = None
+            if look is not None and answer is None and runtime.service.refuses(user_id, look):
+                ready = _REFUSED
+            elif answer is not None and answer.entry.body is not None:
                 now = self._now()
                 prepared = self._prepare(runtime, user_id, answer.entry, asked, now)
-                if prepared.ttl != answer.ttl:
-                    prepared = None
-            tell(prepared, look)
+                if prepared.ttl == answer.ttl:
+                    ready = prepared
+            tell(ready, look)
 
         runtime.service.look(user_id, looked)
         return True
 
-    def note(self, method: str, status: int, seconds: float) -> None:
+    def note(self, method: str, response: Ready, seconds: float) -> None:
         """Note a response of ours. The metrics learn of all of this moment together."""
         if not self._untold:
             asyncio.get_running_loop().call_soon(self._tell)
-        self._untold.append((method, status, seconds))
+        self._untold.append((method, response, seconds))
 
     def _tell(self) -> None:
         untold, self._untold = self._untold, []
         _HITS.inc(self._hits)
         self._hits = 0
-        for method, status, seconds in untold:
-            self._observe(method, status, "cache", seconds)
+        for method, response, seconds in untold:
+            self._observe(method, response.status, response.source, seconds)
 
     def _observe(self, method: str, status: int, source: str, seconds: float) -> None:
         labels = (method, status, source)

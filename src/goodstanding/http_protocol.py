@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from goodstanding.fast_lane import LENGTH, LOOK, START, Asked, FastLane, Prepared
+from goodstanding.fast_lane import LENGTH, LOOK, START, Asked, FastLane, Ready
 from goodstanding.reputation_service import Look
 
 _START: Final = START.encode()
@@ -85,14 +85,14 @@ class HotProtocol(HttpToolsProtocol):
         if self._asked is not None:
             lane.learn(data[_HEAD], self._asked)
 
-    def _looked(self, lane: FastLane, asked: Asked, began: float, prepared: Prepared | None, look: Look | None) -> None:
+    def _looked(self, lane: FastLane, asked: Asked, began: float, ready: Ready | None, look: Look | None) -> None:
         """Answer what was looked for, or let the application do it with what was seen."""
         data, self._waiting = self._waiting, None
         early, self._early = self._early, b""
         if data is None or self.transport.is_closing():
             return
-        if prepared is not None and not self._stopping:
-            self._send(lane, prepared, asked, began)
+        if ready is not None and not self._stopping:
+            self._send(lane, ready, asked, began)
             self._rest()
         else:
             self._look = look
@@ -159,15 +159,15 @@ class HotProtocol(HttpToolsProtocol):
         self._send(lane, prepared, self._asked, began)
         return True
 
-    def _send(self, lane: FastLane, prepared: Prepared, asked: Asked, began: float) -> None:
+    def _send(self, lane: FastLane, ready: Ready, asked: Asked, began: float) -> None:
         headers = self.server_state.default_headers
         if headers is not self._headers:
             self._headers = headers
             self._lines = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(
-            b"".join((prepared.lines, self._lines, b"x-request-id: ", asked.request_id(), _END, prepared.body))
+            b"".join((ready.lines, self._lines, b"x-request-id: ", asked.request_id(), _END, ready.body))
         )
-        lane.note("GET", prepared.status, time.perf_counter() - began)
+        lane.note("GET", ready, time.perf_counter() - began)
 
     def _rest(self) -> None:
         """Do what the server does after a response; but its timer is left to run, and looks when it rings."""

@@ -335,6 +335,13 @@ class ReputationService:
             raise TemporarilyUnavailableError
         return look
 
+    def refuses(self, user_id: UserId, look: Look) -> bool:
+        """Refuse, if need be, the read of a user whom this look did not find: nobody loads him, and none has room."""
+        refused = look.leases[user_id] is None and user_id not in self._flights and not self._has_room(1)
+        if refused:
+            LOADS_REFUSED.inc()
+        return refused
+
     def _start_looking(self) -> None:
         looking, self._looking = self._looking, []
         looked: list[Look] = []
@@ -567,10 +574,7 @@ class ReputationService:
         self._database.succeeded()
         self._log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
         return {
-            user: Entry(
-                self._calculator.calculate(counts[user], now=now) if user in counts else None,
-                now,
-            )
+            user: Entry.of(self._calculator.calculate(counts[user], now=now)) if user in counts else Entry(None, now)
             for user in flight.users
         }
 
