@@ -30,6 +30,7 @@ from goodstanding.errors import (
     InvalidInputError,
     PayloadTooLargeError,
     RateLimitedError,
+    RequestTimeoutError,
     TemporarilyUnavailableError,
     UnauthorizedError,
     UnsupportedMediaTypeError,
@@ -54,7 +55,7 @@ from goodstanding.subscribers import MOST_WATCHED, Subscribers
 
 _log = structlog.get_logger("goodstanding")
 _BODY_LIMIT: Final = 64 * 1024
-_BODY_SECONDS: Final = 10.0
+_BODY_SECONDS: Final = 8.0
 _BROWSER_SECONDS: Final = 5
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BOOLEANS: Final = {"true": True, "false": False}
@@ -355,7 +356,7 @@ def build_router(
         endpoints.read_batch,
         BatchResponse,
         "Up to 100 users' reputations",
-        _problems(400, 401, 403, 413, 415, 422, 429, 503),
+        _problems(400, 401, 403, 408, 413, 415, 422, 429, 503),
         _describe(request_body=BatchRequest),
     )
     add(
@@ -404,7 +405,7 @@ def build_router(
         endpoints.attribute,
         DoneResponse,
         "Record who caused a no-show or a cancellation",
-        _problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
         _describe(path={"session_id": "The session's UUID."}, request_body=AttributionRequest),
     )
     add("GET", "/health/live", endpoints.live, LiveResponse, "Whether the process runs", _problems(), open_to_all=True)
@@ -498,9 +499,10 @@ async def _body(request: Request, model: type[Model]) -> Model:
                 chunks += chunk
                 if len(chunks) > _BODY_LIMIT:
                     raise PayloadTooLargeError
-    except (TimeoutError, ClientDisconnect):
-        message = "The request body did not arrive."
-        raise BadRequestError(message) from None
+    except TimeoutError:
+        raise RequestTimeoutError from None
+    except ClientDisconnect:
+        raise BadRequestError from None
     try:
         return model.model_validate_json(bytes(chunks))
     except ValidationError as error:
@@ -516,6 +518,7 @@ _PROBLEM_CLASSES: Final[tuple[type[GoodstandingError], ...]] = (
     BadRequestError,
     UnauthorizedError,
     ForbiddenError,
+    RequestTimeoutError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
     InvalidInputError,

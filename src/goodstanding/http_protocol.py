@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from goodstanding.fast_lane import LENGTH, START, Asked, FastLane, Hit
+from goodstanding.http_bounds import BoundedProtocol
 
 _START: Final = START.encode()
 _GET: Final = b"GET " + _START
@@ -28,7 +29,7 @@ _SET_LATER: Final = frozenset({"headers", "url"})
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
-class HotProtocol(HttpToolsProtocol):
+class HotProtocol(BoundedProtocol):
     """One connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the server gives
@@ -71,7 +72,8 @@ class HotProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
         lane = self._lane
-        if lane is None or len(self.url) != LENGTH or not self.url.startswith(_START) or not self._hit(lane):
+        asked = lane is not None and not self._in_pieces and len(self.url) == LENGTH and self.url.startswith(_START)
+        if lane is None or not asked or not self._hit(lane):
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
