@@ -152,6 +152,7 @@ def test_every_route_is_in_the_document(backend: Backend, document: dict[str, An
     for route in router.routes:
         assert isinstance(route, api.ContractRoute)
         served |= {f"{method} {route.path}" for method in route.methods or ()}
+    served -= {f"GET {BATCH}", f"HEAD {BATCH}"}  # answered with 405, or they would be reads of a user "batch"
     twins = {f"HEAD {name.removeprefix('GET ')}" for name in served if name.startswith("GET ")}
     assert set(_operations(document)) | twins == served
 

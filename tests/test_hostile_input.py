@@ -196,7 +196,7 @@ ROWS: Final = [
     _id("an image", f"%3Cimg%20src=x%20onerror={_MARK}%3E"),
     _id("a glob", "*"),
     _id("a word", "null"),
-    _id("another word", "batch"),
+    _id("another word", "batch", 405),
     _id("a number", "0"),
     _id("a negative number", "-1"),
     _id("a great number", "1e999"),

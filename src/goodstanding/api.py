@@ -40,6 +40,7 @@ from goodstanding.memory import Memory
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
+    STREAM_EVENT,
     STREAM_EXAMPLE,
     AttributionRequest,
     BatchRequest,
@@ -243,6 +244,10 @@ class _Endpoints:
         )
         return Response(_batch(asked, answers), media_type="application/json")
 
+    async def not_to_be_read(self, _request: Request) -> Response:
+        """Refuse a method, for a path that another route's pattern fits too."""
+        raise HTTPException(405, headers={"Allow": "POST"})
+
     async def stream(self, request: Request) -> Response:
         """Send each user's reputation now and whenever it changes, until the token expires or the server stops."""
         now = self._runtime()
@@ -359,14 +364,23 @@ def build_router(
         _problems(400, 401, 403, 408, 413, 415, 422, 429, 503),
         _describe(request_body=BatchRequest),
     )
+    # Or a GET of it would be a read of the user "batch".
+    router.add_api_route(
+        "/api/user/reputation/batch", endpoints.not_to_be_read, methods=["GET", "HEAD"], include_in_schema=False
+    )
     add(
         "GET",
         "/api/user/reputation/stream",
         endpoints.stream,
-        StreamResponse,
+        Response,  # not what it is: a stream has no schema as a whole
         "Users' reputations as they change",
         _problems(400, 401, 403, 422, 429, 503)
-        | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {"example": STREAM_EXAMPLE}}}},
+        | {
+            200: {
+                "description": "Server-sent events.",
+                "content": {"text/event-stream": {"itemSchema": STREAM_EVENT, "example": STREAM_EXAMPLE}},
+            }
+        },
         {"parameters": _STREAM_PARAMETERS},
     )
     add(
