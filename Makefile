@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live simulate check lint types imports format bench bench-check alerts clean
+.PHONY: help run test coverage quick live simulate fuzz check lint types imports format bench bench-check alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,14 @@ live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s 
 simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, from random seeds (SEEDS=1000)
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000)
 
+# The fuzzer is a big wheel, and there is none for every machine.
+.venv/.fuzz: .venv/.ready
+	@VIRTUAL_ENV= $(BIN)/uv sync --quiet --frozen --inexact --all-extras --group fuzz --python $(BIN)/python
+	@touch $@
+
+fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60; Linux on x86-64)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
+
 check: lint types imports ## everything that reads the code without running it
 
 lint: .venv/.ready
@@ -71,4 +79,4 @@ alerts: ## check the Prometheus rules and their tests (needs promtool)
 	@promtool test rules deploy/prometheus/alerts_test.yml
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist
+	rm -rf .venv .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist
