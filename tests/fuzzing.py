@@ -1,5 +1,6 @@
 """What must hold for any bytes that reach a parser; tests/fuzz.py looks for bytes for which it does not."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -10,10 +11,21 @@ from ipaddress import ip_address, ip_network
 from typing import Final
 from uuid import UUID
 
+from starlette.requests import Request
+
+from goodstanding.api import _body
 from goodstanding.auth import MAX_KEYS, NOBODY, Authenticator, Caller, Role, TokenVerifier, client_address, parse_keys
 from goodstanding.data import parse_session_id, parse_user_id
 from goodstanding.entry import Entry, Rejection, decode, encode
-from goodstanding.errors import BadRequestError, InvalidSessionIdError, InvalidUserIdError, UnauthorizedError
+from goodstanding.errors import (
+    BadRequestError,
+    InvalidInputError,
+    InvalidSessionIdError,
+    InvalidUserIdError,
+    PayloadTooLargeError,
+    UnauthorizedError,
+)
+from goodstanding.responses import AttributionRequest, BatchRequest
 
 _SECRET: Final = "a secret of the fuzzers, and of nobody else at all"
 _USER: Final = parse_user_id("3f2b8c1e-9d4a-4c6b-8e5f-1a2b3c4d5e6f")
@@ -24,6 +36,7 @@ _VERIFIER: Final = TokenVerifier(
 )
 _AUTHENTICATOR: Final = Authenticator(_VERIFIER, dev_auth=True, trusted_proxies=())
 _PROXIES: Final = (ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8"))
+_LOOP: Final = asyncio.new_event_loop()
 _CLAIMS: Final = {"sub": "mallory", "aud": "authenticated", "role": "authenticated", "exp": 4_000_000_000}
 
 
@@ -100,6 +113,31 @@ def key_set(data: bytes) -> None:
     assert {algorithm for algorithm, _ in keys} <= {"ES256", "RS256"}
 
 
+def body(data: bytes) -> None:
+    """Refuse a body with a 4xx, or read what fits the contract; however it is cut into pieces."""
+    cut = len(data) // 2
+    for model in (BatchRequest, AttributionRequest):
+        messages = [
+            {"type": "http.request", "body": data[:cut], "more_body": True},
+            {"type": "http.request", "body": data[cut:], "more_body": False},
+        ]
+
+        async def receive(messages: list[dict[str, object]] = messages) -> dict[str, object]:
+            return messages.pop(0)
+
+        request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+        try:
+            read = _LOOP.run_until_complete(_body(request, model))
+        except (BadRequestError, PayloadTooLargeError, InvalidInputError):
+            continue
+        if isinstance(read, BatchRequest):
+            assert 1 <= len(read.user_ids) <= 100
+        if isinstance(read, AttributionRequest):
+            assert 1 <= len(read.reason) <= 1000
+            assert "\x00" not in read.reason
+            assert read.reason.encode()
+
+
 def _encoded(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 
@@ -116,6 +154,7 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "claims": claims,
     "headers": headers,
     "key_set": key_set,
+    "body": body,
 }
 
 _ENTRY: Final = (
@@ -171,5 +210,14 @@ SEEDS: Final[Mapping[str, tuple[bytes, ...]]] = {
         b'{"keys":[%s]}' % _JWK.replace(b"f83", b"AAA"),
         b"[" * 5000,
         b"\xff\xfe",
+    ),
+    "body": (
+        b'{"user_ids":["3f2b8c1e-9d4a-4c6b-8e5f-1a2b3c4d5e6f"]}',
+        b'{"at_fault":"user1","reason":"user2 waited"}',
+        b'{"at_fault":"both","reason":"\\u0000"}',
+        b'{"at_fault":"nobody","reason":"\\ud83d\\ude00 \\ud800"}',
+        b'{"at_fault":"user2","reason":"\xc3\xa9","reason":" "}',
+        b"[" * 5000,
+        b'{"user_ids":[1e999,NaN,null]}',
     ),
 }

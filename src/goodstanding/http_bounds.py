@@ -62,7 +62,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Treat a connection that has sent nothing yet as an idle one."""
         super().connection_made(transport)  # type: ignore[arg-type] # a TCP connection's
         if self._bounded:
-            self._idle()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
@@ -72,56 +74,57 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read, and see to it that what has begun to arrive comes to an end."""
-        if not self._bounded:
-            super().data_received(data)
-            return
         if self._deaf:
             return
         message = self.scope
         self._in_pieces = len(data) > MOST_HEAD or self._arrival is not None
         super().data_received(data)
-        self._following = self._following + len(data) if self.scope is message else 0
+        # The server does not say that there may be none.
+        cycle: RequestResponseCycle | None = self.cycle
+        if self.scope is not message:
+            self._following = 0
+            if cycle is not None and not cycle.more_body and self._arrival is None and cycle.scope is self.scope:
+                # One that came whole, as nearly all do.
+                if self.timeout_keep_alive_task is not None and not cycle.response_complete:
+                    # Where requests come together, one of them may rest while the next is being answered.
+                    self._unset_keepalive_if_required()
+                return
+        else:
+            self._following += len(data)
+        if self._bounded:
+            self._see_to_the_end()
+
+    def _see_to_the_end(self) -> None:
+        """Let nothing arrive for ever."""
         if self.transport.is_closing() or self._deaf:
             return
         if self._following > MOST_HEAD and self._is_head():
             self._refuse(HeadersTooLargeError())
         elif self._is_whole():
             self._arrived()
-            # Where requests come together, one of them may rest while the next is being answered.
             self._unset_keepalive_if_required()
         elif self.timeout_keep_alive_task is not None:
             self._arrived()
         elif self._following > MOST_MESSAGE:
             self._refuse(PayloadTooLargeError())
-        elif self._arrival is None:
-            self._arrival = self.loop.call_later(_REQUEST_SECONDS, self._overdue)
+        elif self._arrival is None or self._following == 0:
+            # The rest of a request that is answered already has only a moment.
+            rest = self._is_answered() and not self._is_head()
+            self._wait(_LINGER_SECONDS if rest else _REQUEST_SECONDS)
 
     def on_headers_complete(self) -> None:
         """Refuse a head that is too large."""
-        if self._in_pieces and len(self.url) + _size(self.headers) > MOST_HEAD:
+        if self._in_pieces and self._bounded and len(self.url) + _size(self.headers) > MOST_HEAD:
             # The parser stops at it, and the server answers as if the request were malformed.
             self._too_large = True
             raise HeadersTooLargeError
         super().on_headers_complete()
 
-    def on_message_complete(self) -> None:
-        """Let a connection rest whose request ended after its response, which the server does not."""
-        super().on_message_complete()
-        if self._bounded and self.timeout_keep_alive_task is None and self._is_answered():
-            self._idle()
-
     def on_response_complete(self) -> None:
-        """Wait only a moment for the rest of a request that is answered already."""
+        """See to it that a connection that is closed behind a response is closed soon."""
         super().on_response_complete()
-        if not self._bounded:
-            return
-        # The server does not say that there may be none.
-        cycle: RequestResponseCycle | None = self.cycle
-        if self.transport.is_closing():
+        if self.timeout_keep_alive_task is None and self._bounded and self.transport.is_closing():
             self._hurry()
-        elif cycle is not None and cycle.more_body and cycle.scope is self.scope:
-            self._unset_keepalive_if_required()
-            self._linger()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse, in the contract's form, what the parser does not take."""
@@ -157,9 +160,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_whole(self) -> bool:
         """Tell whether the last request has arrived and is being answered."""
         return not self._is_answered() and not self.cycle.more_body
-
-    def _idle(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _arrived(self) -> None:
         if self._arrival is not None:
@@ -197,11 +197,11 @@ class BoundedProtocol(HttpToolsProtocol):
         # Closed with something unread, the connection would be reset, and the answer lost on its way.
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._linger()
+        self._wait(_LINGER_SECONDS)
 
-    def _linger(self) -> None:
+    def _wait(self, seconds: float) -> None:
         self._arrived()
-        self._arrival = self.loop.call_later(_LINGER_SECONDS, self._overdue)
+        self._arrival = self.loop.call_later(seconds, self._overdue)
 
     def _close(self) -> None:
         self.transport.close()
