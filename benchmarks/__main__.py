@@ -14,9 +14,20 @@ from benchmarks.environment import Cores, describe, opened
 from benchmarks.figures import FULL, QUICK, Figure
 from benchmarks.figures import MEASUREMENTS as READS
 from benchmarks.live import live
+from benchmarks.overload import overload
+from benchmarks.resources import resources
+from benchmarks.steady import load
 from benchmarks.triggers import long_history, writes
 
-MEASUREMENTS: Final = {**READS, "live": live, "writes": writes, "history": long_history}
+MEASUREMENTS: Final = {
+    **READS,
+    "live": live,
+    "writes": writes,
+    "history": long_history,
+    "load": load,
+    "overload": overload,
+    "resources": resources,
+}
 _RESULTS: Final = Path(__file__).parent / "results"
 _NOISE: Final = 0.15
 _VERDICTS: Final = {True: "met", False: "MISSED", None: ""}

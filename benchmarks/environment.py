@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -27,19 +27,38 @@ from uuid import UUID
 import asyncpg
 import jwt
 import psutil
+from pydantic import TypeAdapter
 
 from benchmarks.load import Load, Result
 from goodstanding.embedded import Postgres, Server, Valkey
 from goodstanding.migrate import upgrade
 
 USERS: Final = 10_000
+CROWD: Final = 100_000
 HOST: Final = "127.0.0.1"
 _HERE: Final = Path(__file__).parent
 _HOST_SQL: Final = _HERE.parent / "src" / "goodstanding" / "host.sql"
 _PASSWORD: Final = secrets.token_urlsafe(16)
+_LOGINS: Final = (
+    "create role host_owner login createrole password %L",
+    "create role app_login login password %L",
+)
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 15.0
 _VERSIONS: Final = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "pyjwt")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A database of the host's: so many users, each in `matches` matches from each side, of two sessions."""
+
+    name: str
+    users: int
+    matches: int
+
+
+_APP: Final = Sample("app", USERS, 5)
+_CROWD: Final = Sample("crowd", CROWD, 2)
 
 
 class MissingError(Exception):
@@ -49,6 +68,11 @@ class MissingError(Exception):
 def user_id(number: int) -> str:
     """Name a sample user."""
     return str(UUID(hashlib.md5(f"user-{number}".encode(), usedforsecurity=False).hexdigest()))
+
+
+def match_id(number: int, step: int = 1) -> str:
+    """Name a sample match: that of a user with the one whose number is greater by 37 steps."""
+    return str(UUID(hashlib.md5(f"match-{number}-{step}".encode(), usedforsecurity=False).hexdigest()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +117,19 @@ class Serving:
         """Tell how much memory its largest process has."""
         return max(int(one.memory_info().rss) for one in self._processes())
 
+    def own_bytes(self) -> int:
+        """Tell how much of it no other process shares."""
+        return max(int(one.memory_full_info().uss) for one in self._processes())
+
     def _processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
-    def get(self, path: str) -> tuple[int, bytes]:
+    def get(self, path: str, token: str | None = None) -> tuple[int, bytes]:
         """Ask it once, on a connection of its own."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token is not None else {})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -116,6 +144,17 @@ class Environment:
     valkey: Valkey
     cores: Cores
     settings: Mapping[str, str]
+    database: str = _APP.name
+
+    def crowd(self) -> "Environment":
+        """Make an environment of its own for 100,000 users, on the same servers."""
+        database_url = asyncio.run(_sample(self.postgres, _CROWD))
+        settings = {**self.settings, "GOODSTANDING_DATABASE_URL": database_url}
+        return replace(self, settings=settings, database=_CROWD.name)
+
+    def host_url(self) -> str:
+        """Give the URL of the host app's own login, which owns its tables."""
+        return self.postgres.url(self.database, user="host_owner", password=_PASSWORD)
 
     @contextmanager
     def goodstanding(
@@ -215,7 +254,7 @@ class Environment:
         ) as process:
             if process.stdin is None:
                 raise RuntimeError
-            process.stdin.write(json.dumps(asdict(load)).encode())
+            process.stdin.write(TypeAdapter(Load).dump_json(load))
             process.stdin.close()
             process.stdin = None
             try:
@@ -257,7 +296,7 @@ def finish(process: "subprocess.Popen[bytes]") -> Result:
     if process.returncode != 0:
         message = "the load generator failed"
         raise RuntimeError(message)
-    return Result(**json.loads(output))
+    return TypeAdapter(Result).validate_json(output)
 
 
 @contextmanager
@@ -272,7 +311,7 @@ def opened() -> Iterator[Environment]:
         for server in (postgres, valkey):
             _started(stack, server)
         settings = {
-            "GOODSTANDING_DATABASE_URL": asyncio.run(_sample(postgres)),
+            "GOODSTANDING_DATABASE_URL": asyncio.run(_sample(postgres, _APP)),
             "GOODSTANDING_REDIS_URL": valkey.url(),
             "GOODSTANDING_JWT_SECRET": secrets.token_urlsafe(32),
             "GOODSTANDING_METRICS_PUBLIC": "true",
@@ -303,23 +342,27 @@ def _started(stack: ExitStack, server: Server) -> None:
     stack.enter_context(server)
 
 
-async def _sample(postgres: Postgres) -> str:
-    """Make the host's tables with sample data and our schema; gives the URL of the service's login."""
+async def _sample(postgres: Postgres, sample: Sample) -> str:
+    """Make the host's tables with sample data and our schema, once; gives the URL of the service's login."""
+    url = postgres.url(sample.name, user="app_login", password=_PASSWORD)
     admin = await asyncpg.connect(postgres.url())
-    for statement in (
-        await admin.fetchval(
-            "select format('create role host_owner login createrole password %L', $1::text)", _PASSWORD
-        ),
-        await admin.fetchval("select format('create role app_login login password %L', $1::text)", _PASSWORD),
-        "create database app owner host_owner",
-    ):
-        await admin.execute(statement)
+    if await admin.fetchval("select true from pg_database where datname = $1", sample.name):
+        await admin.close()
+        return url
+    if not await admin.fetchval("select true from pg_roles where rolname = 'host_owner'"):
+        for login in _LOGINS:
+            await admin.execute(await admin.fetchval("select format($1, $2::text)", login, _PASSWORD))
+    await admin.execute(
+        await admin.fetchval("select format('create database %I owner host_owner', $1::text)", sample.name)
+    )
     await admin.close()
-    admin = await asyncpg.connect(postgres.url("app"))
+    admin = await asyncpg.connect(postgres.url(sample.name))
     await admin.execute(_HOST_SQL.read_text("utf-8"))
     await admin.close()
-    owner_url = postgres.url("app", user="host_owner", password=_PASSWORD)
-    owner = await asyncpg.connect(owner_url)
+    owner_url = postgres.url(sample.name, user="host_owner", password=_PASSWORD)
+    owner = await asyncpg.connect(
+        owner_url, server_settings={"sample.users": str(sample.users), "sample.matches": str(sample.matches)}
+    )
     # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
     for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
         await owner.execute(statement)
@@ -327,7 +370,7 @@ async def _sample(postgres: Postgres) -> str:
     await owner.execute("vacuum analyze reputation.tallies")
     await owner.execute("grant goodstanding_service to app_login")
     await owner.close()
-    return postgres.url("app", user="app_login", password=_PASSWORD)
+    return url
 
 
 def _inherited() -> dict[str, str]:
@@ -375,6 +418,6 @@ def _wait_for(serving: Serving) -> None:
             if serving.process.poll() is not None or time.monotonic() > deadline:
                 message = "a server under measurement did not start"
                 raise RuntimeError(message) from None
-            time.sleep(0.05)
+            time.sleep(0.005)
         else:
             return

@@ -13,7 +13,7 @@ from typing import Any, Final
 import redis
 
 from benchmarks.environment import USERS, Environment, MissingError, Serving, finish, user_id
-from benchmarks.load import Load, Result
+from benchmarks.load import Load, Result, get, post
 
 CONNECTIONS: Final = 64
 HOT_USERS: Final = 100
@@ -59,7 +59,7 @@ class _Round:
     latencies: list[float] = field(default_factory=list)
 
     def add(self, result: Result, cpu: float) -> None:
-        _only(result, "200")
+        only(result, "200")
         self.requests += len(result.latencies)
         self.hits += result.sources.get("hit", 0)
         self.seconds += result.seconds
@@ -123,7 +123,7 @@ def hot_read(env: Environment, effort: Effort) -> list[Figure]:
                 servers[name] = stack.enter_context(serving)
             except MissingError as error:
                 missing.append(f"{name}: no {error} here")
-        requests = _hot_requests(env)
+        requests = hot_requests(env)
         for server in servers.values():
             env.load(Load("closed", [server.port], requests, CONNECTIONS, seconds=1.0))
         measured = _in_turns(env, effort, servers, requests)
@@ -151,10 +151,11 @@ def hot_read(env: Environment, effort: Effort) -> list[Figure]:
     return figures
 
 
-def _hot_requests(env: Environment) -> list[str]:
+def hot_requests(env: Environment) -> list[str]:
+    """Write reads of the hot users, by many callers."""
     hot = [user_id(number) for number in range(HOT_USERS)]
     tokens = [env.token(user) for user in hot[:CONNECTIONS]]
-    return [_get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
+    return [get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
 
 
 def _in_turns(
@@ -183,10 +184,10 @@ def cold_read(env: Environment, effort: Effort) -> list[Figure]:
     with env.goodstanding() as server:
         token = env.token(user_id(0))
         for number in range(-1, effort.rounds):
-            _flush(env)
-            requests = [_get(user_id(each), token) for each in range(effort.reads)]
+            flush(env)
+            requests = [get(user_id(each), token) for each in range(effort.reads)]
             result = env.load(Load("closed", [server.port], requests, 1, seconds=60, once=True))
-            _only(result, "200")
+            only(result, "200")
             if number >= 0:
                 if result.sources != {"fwd=miss": effort.reads}:
                     message = f"a cold read that is no miss: {result.sources}"
@@ -217,7 +218,7 @@ def hung_redis(env: Environment, effort: Effort) -> list[Figure]:
     recovery: list[float] = []
     with env.goodstanding() as server:
         token = env.token(user_id(0))
-        requests = [_get(user_id(number), token) for number in range(HOT_USERS)]
+        requests = [get(user_id(number), token) for number in range(HOT_USERS)]
         seconds = 6.0
         for _ in range(effort.rounds):
             with env.loading(Load("open", [server.port], requests, CONNECTIONS, seconds=seconds, rate=rate)) as process:
@@ -234,7 +235,7 @@ def hung_redis(env: Environment, effort: Effort) -> list[Figure]:
                 _until_ready(server, '"degraded":[]')
                 recovered = time.monotonic()
                 result = finish(process)
-            _only(result, "200")
+            only(result, "200")
             asked = list(zip(result.due, result.latencies, strict=True))
             worst.append(max(latency for due, latency in asked if hung - 0.3 <= due))
             early = [latency for due, latency in asked if hung <= due < opened]
@@ -267,15 +268,15 @@ def one_load(env: Environment, effort: Effort) -> list[Figure]:
         fleet = [stack.enter_context(env.goodstanding(pinned=False)) for _ in range(4)]
         token = env.token(user_id(0))
         ports = [server.port for server in fleet]
-        env.load(Load("burst", ports, [_get(user_id(number), token) for number in range(400)], 400))
+        env.load(Load("burst", ports, [get(user_id(number), token) for number in range(400)], 400))
         loads = []
         slowest = []
         for number in range(effort.keys):
-            _flush(env)
-            before = sum(_loads(server) for server in fleet)
-            result = env.load(Load("burst", ports, [_get(user_id(USERS - 1 - number), token)], 400))
-            _only(result, "200")
-            loads.append(sum(_loads(server) for server in fleet) - before)
+            flush(env)
+            before = sum(users_loaded(server) for server in fleet)
+            result = env.load(Load("burst", ports, [get(user_id(USERS - 1 - number), token)], 400))
+            only(result, "200")
+            loads.append(sum(users_loaded(server) for server in fleet) - before)
             slowest.append(max(result.latencies))
     raw = {"loads_per_key": dict(sorted(Counter(loads).items())), "slowest_answer_milliseconds": slowest}
     return [
@@ -295,14 +296,14 @@ def batch(env: Environment, effort: Effort) -> list[Figure]:
     """Compare users per second of full batches with those of single reads, all cached."""
     hot = [user_id(number) for number in range(HOT_USERS)]
     token = env.token(hot[0])
-    singles = [_get(user, token) for user in hot]
-    batches = [_post("/api/user/reputation/batch", json.dumps({"user_ids": hot}), token)]
+    singles = [get(user, token) for user in hot]
+    batches = [post("/api/user/reputation/batch", json.dumps({"user_ids": hot}), token)]
     users: dict[str, list[float]] = {"single": [], "batch": []}
     with env.goodstanding() as server:
         for number in range(-1, effort.rounds):
             for name, requests, each in (("single", singles, 1), ("batch", batches, HOT_USERS)):
                 result = env.load(Load("closed", [server.port], requests, 8, seconds=effort.seconds / 2))
-                _only(result, "200")
+                only(result, "200")
                 if number >= 0:
                     users[name].append(result.rate * each)
     ratio = _ratios(users["batch"], users["single"])
@@ -340,20 +341,6 @@ MEASUREMENTS: Final[dict[str, Measurement]] = {
 }
 
 
-def _get(user: str, token: str) -> str:
-    return (
-        f"GET /api/user/reputation/{user} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
-        "Accept: application/json\r\n\r\n"
-    )
-
-
-def _post(path: str, body: str, token: str) -> str:
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    )
-
-
 def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(above, below, strict=True)]
 
@@ -362,13 +349,15 @@ def _p99(latencies: Sequence[float]) -> float:
     return statistics.quantiles(latencies, n=100)[98]
 
 
-def _only(result: Result, status: str) -> None:
+def only(result: Result, status: str) -> None:
+    """Fail where there was another answer."""
     if set(result.statuses) != {status}:
         message = f"answers other than {status}: {result.statuses}"
         raise RuntimeError(message)
 
 
-def _flush(env: Environment) -> None:
+def flush(env: Environment) -> None:
+    """Empty Redis."""
     with redis.Redis.from_url(env.settings["GOODSTANDING_REDIS_URL"]) as client:
         client.flushall()
 
@@ -382,7 +371,8 @@ def _until_ready(server: Serving, expected: str) -> None:
         time.sleep(0.005)
 
 
-def _loads(server: Serving) -> float:
+def users_loaded(server: Serving) -> float:
+    """Tell how many users a server has loaded from PostgreSQL."""
     _, text = server.get("/metrics")
     return sum(
         float(line.rpartition(" ")[2])

@@ -1,15 +1,18 @@
--- 10,000 users with 20 sessions each: every user is in 10 matches, five from each side, of two sessions.
+-- `sample.users` users, each in `sample.matches` matches from each side, of two sessions: 10,000 and 5 make 10,000 users
+-- with 20 sessions each, 100,000 and 2 make 100,000 with 8.
 -- The ids are computed, so that a benchmark can name them: md5 of `user-` and a number from 0.
 
 insert into public.user_profiles (id)
-select md5('user-' || number)::uuid from generate_series(0, 9999) as number;
+select md5('user-' || number)::uuid from generate_series(0, current_setting('sample.users')::integer - 1) as number;
 
 insert into public.wingman_matches (id, user1_id, user2_id)
 select
     md5('match-' || number || '-' || step)::uuid,
     md5('user-' || number)::uuid,
-    md5('user-' || (number + step * 37) % 10000)::uuid
-from generate_series(0, 9999) as number, generate_series(1, 5) as step;
+    md5('user-' || (number + step * 37) % current_setting('sample.users')::integer)::uuid
+from
+    generate_series(0, current_setting('sample.users')::integer - 1) as number,
+    generate_series(1, current_setting('sample.matches')::integer) as step;
 
 insert into public.wingman_sessions (
     match_id, status, scheduled_time, user1_completed_confirmed_by_user2, user2_completed_confirmed_by_user1

@@ -39,6 +39,13 @@ def people(backend: Backend) -> dict[str, UserId]:
 class TestProtocol:
     """What happens below ASGI."""
 
+    def test_a_hit_never_becomes_a_scope(self, three: Three, people: dict[str, UserId]) -> None:
+        """Not even when its bytes were never seen before."""
+        headers = bearer() | {"Accept": "application/json", "Cookie": "never=seen"}
+        three.warm(people["gold"], headers)
+        three.hits.clear()
+        assert [three.get("protocol", people["gold"], headers).body] == three.hits
+
     def test_pipelined_requests_are_answered_in_order(self, three: Three, people: dict[str, UserId]) -> None:
         """Hits among others do not overtake them."""
         headers = bearer()

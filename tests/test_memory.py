@@ -79,10 +79,10 @@ class _Below(MemoryCache):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
         """Read, and then wait."""
         self.asked += user_ids
-        found = await super().fetch(user_ids)
+        found = await super().fetch(user_ids, token=token)
         self.has_answer.set()
         await self.may_answer.wait()
         return found

@@ -367,7 +367,7 @@ async def test_a_failed_refresh_leaves_the_entry(redis_url: str, database: Datab
                 for _ in range(20):
                     assert (1, "hit") == await _told(service, truth.user_id)
                 # With its circuit open not even a lease is asked for.
-                assert "cmdstat_eval" not in await client.info("commandstats")
+                assert "cmdstat_set" not in await client.info("commandstats")
                 assert tried == metric("goodstanding_loads_total", reason="refresh")
                 assert 0 == await client.exists(lease_key(truth.user_id))
 
@@ -463,6 +463,25 @@ async def test_whoever_waits_too_long_for_a_turn_is_told_to_come_back(kit: Kit, 
         assert loop.time() - began < len(users) * 0.3
 
 
+async def test_whoever_would_wait_in_vain_is_refused_at_once(kit: Kit, database: Database) -> None:
+    """While loads wait for their turn longer than is any use, others are refused; what is cached is answered."""
+    users = [await database.add_user() for _ in range(80)]
+    cached, refused = await database.add_user(), metric("goodstanding_loads_refused_total")
+    proxy = Proxy(database.service_url, delay=lambda: 0.05)
+    async with proxy.serve(), open_service(kit.cache, proxy.url, pool_size=1, load_deadline=2.0) as service:
+        await service.read(cached)
+        first = await asyncio.gather(*(_outcome(service, who) for who in users[:20]))
+        assert all(isinstance(outcome, Answer) for outcome in first)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_outcome(service, who)) for who in users[20:]]
+            await eventually(lambda: any(task.done() for task in tasks))
+            told = [task.result() for task in tasks if task.done()]
+            assert (0, "hit") == _seen(await service.read(cached))
+        assert all(isinstance(one, TemporarilyUnavailableError) for one in told)
+        assert refused + len(told) == metric("goodstanding_loads_refused_total")
+        assert any(isinstance(task.result(), Answer) for task in tasks)
+
+
 # A read that begins after an invalidation never joins a load begun before it.
 
 
@@ -541,9 +560,9 @@ class _HeldCache(RedisCache):
     held: asyncio.Event | None = None
     holding = 0
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
         """Read as ever, and wait while `held` is set up."""
-        found = await super().fetch(user_ids)
+        found = await super().fetch(user_ids, token=token)
         await self._hold(read.entry for read in found)
         return found
 
@@ -740,6 +759,7 @@ async def test_a_batch_does_not_wait_for_other_processes(redis_url: str, databas
             answers = await service.read_many([truth.user_id, other.user_id])
             assert [(1, "miss"), (2, "miss")] == [_seen(answer) for answer in answers.values()]
             assert before + 1 == queries()
+            await settled(service)
             found = await cache.fetch([truth.user_id, other.user_id])
             assert [(None, "other"), (2, None)] == [
                 (read.entry and read.entry.data and read.entry.data.completed_sessions, read.lease) for read in found

@@ -4,7 +4,7 @@ import asyncio
 import re
 import socket
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from goodstanding import main
 from goodstanding.data import UserId
-from goodstanding.fast_lane import Headers, Hit
+from goodstanding.fast_lane import Asked, FastLane, Prepared
 from goodstanding.http_bounds import BoundedProtocol
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
@@ -53,8 +53,9 @@ class Three:
     urls: Mapping[str, str]
     passed: list[str]
     """The paths that the fast lane left to the application."""
-    hits: list[str]
-    """Whose reputations the protocol answered by itself."""
+    hits: list[bytes]
+    """What the protocol answered by itself."""
+    has_memory: bool
 
     def ask(self, way: str, request: bytes) -> RawAnswer:
         """Send bytes as they are, and read the answer."""
@@ -74,12 +75,15 @@ class Three:
     def _is_hit(self, user: str, headers: Mapping[str, str]) -> bool:
         runtime = self.app.lane._runtime()  # noqa: SLF001 - nothing else tells what memory holds
         assert runtime is not None
-        assert runtime.memory is not None
-        return 200 == self.get("route", user, headers).status and runtime.memory.peek(user) is not None
+        answer = self.get("route", user, headers)
+        assert 200 == answer.status
+        if not self.has_memory:
+            return answer.headers["cache-status"].startswith("goodstanding; hit")
+        return runtime.service.peek(user) is not None
 
 
 @contextmanager
-def _serving(app: Application, clock: Clock) -> Iterator[Three]:
+def _serving(app: Application, clock: Clock, *, has_memory: bool) -> Iterator[Three]:
     passed: list[str] = []
     inner = app.lane._app  # noqa: SLF001 - where the lane ends
 
@@ -92,24 +96,18 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
         await inner(scope, receive, send)
 
     app.lane._app = noted  # noqa: SLF001 - see above
-    hits: list[str] = []
-    hit, repeated = app.lane.hit, app.lane.repeated
+    hits: list[bytes] = []
 
-    def noted_hit(user: str, headers: Headers, elsewhere: Collection[bytes]) -> Hit | None:
-        found = hit(user, headers, elsewhere)
-        hits.extend([user] if found is not None else [])
-        return found
+    class Noted(HotProtocol):
+        """The protocol, whose own answers are noted."""
 
-    def noted_repeated(user: str, head: bytes) -> Hit | None:
-        found = repeated(user, head)
-        hits.extend([user] if found is not None else [])
-        return found
+        def _send(self, lane: FastLane, prepared: Prepared, asked: Asked, began: float) -> None:
+            hits.append(prepared.body)
+            super()._send(lane, prepared, asked, began)
 
-    app.lane.hit = noted_hit  # type: ignore[method-assign] # noted on the way
-    app.lane.repeated = noted_repeated  # type: ignore[method-assign] # the same
     listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in _SERVERS}
     configs = {
-        "protocol": uvicorn.Config(app, lifespan="on", http=HotProtocol),
+        "protocol": uvicorn.Config(app, lifespan="on", http=Noted),
         "lane": uvicorn.Config(app, lifespan="off", http=BoundedProtocol),
         "route": uvicorn.Config(route, lifespan="off", http=BoundedProtocol),
     }
@@ -129,7 +127,7 @@ def _serving(app: Application, clock: Clock) -> Iterator[Three]:
     wait_until(lambda: all(server.started for server in servers.values()) or not thread.is_alive())
     urls = {way: f"http://127.0.0.1:{listener.getsockname()[1]}" for way, listener in listeners.items()}
     try:
-        yield Three(app, clock, urls, passed, hits)
+        yield Three(app, clock, urls, passed, hits, has_memory)
     finally:
         for server in servers.values():
             server.should_exit = True
@@ -146,7 +144,7 @@ def three_ways(backend: Backend, **overrides: object) -> Iterator[Three]:
         patch.setattr(main, "unix_now", clock.seconds)
         app = create_app(backend.settings(**overrides))
         assert isinstance(app, Application)
-        with _serving(app, clock) as three:
+        with _serving(app, clock, has_memory=overrides.get("memory_seconds") != 0) as three:
             yield three
 
 

@@ -36,7 +36,6 @@ from goodstanding.errors import (
     UnsupportedMediaTypeError,
 )
 from goodstanding.limits import LimitKind, RateLimiter
-from goodstanding.memory import Memory
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
@@ -75,6 +74,8 @@ request, even through one that does nothing: that alone would cost a tenth of a 
 """
 _NAMES_BEARER: Final[dict[str, Any]] = {"security": [{"bearer": []}]}
 Model = TypeVar("Model", bound=BaseModel)
+Headers = list[tuple[bytes, bytes]]
+"""Names in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,6 @@ class Runtime:
     authenticator: Authenticator
     limiter: RateLimiter
     subscribers: Subscribers
-    memory: Memory | None
     key_set: KeySet | None
     hears: Callable[[], bool]
     """Tells whether a relay was heard just now."""
@@ -231,17 +231,15 @@ class _Endpoints:
         user_id = parse_user_id(request.path_params["user_id"])
         answer = await now.service.read(user_id, use_cache=_use_cache(request))
         request.state.source = METRIC_SOURCES.get(answer.source, "database")
-        return represent(answer, [value for name, value in request.scope["headers"] if name == b"if-none-match"])
+        return respond(answer, [value for name, value in request.scope["headers"] if name == b"if-none-match"])
 
     async def read_batch(self, request: Request) -> Response:
         """Answer for many users at once; an unknown user is null."""
         self._authorize(request, LimitKind.READ, Role.AUTHENTICATED, Role.SERVICE_ROLE)
         asked = {text: parse_user_id(text) for text in (await _body(request, BatchRequest)).user_ids}
         answers = await self._runtime().service.read_many(list(dict.fromkeys(asked.values())))
-        sources = {answer.source for answer in answers.values()}
-        request.state.source = (
-            "stale" if Source.STALE in sources else "cache" if sources == {Source.HIT} else "database"
-        )
+        others = [answer.source for answer in answers.values() if answer.source is not Source.HIT]
+        request.state.source = "stale" if Source.STALE in others else "database" if others else "cache"
         return Response(_batch(asked, answers), media_type="application/json")
 
     async def not_to_be_read(self, _request: Request) -> Response:
@@ -443,8 +441,8 @@ def build_router(
     return router
 
 
-def represent(answer: Answer, conditions: Sequence[bytes]) -> Response:
-    """Write a known user's answer; `conditions` are the values of If-None-Match."""
+def represent(answer: Answer, conditions: Sequence[bytes]) -> tuple[int, Headers, bytes]:
+    """Give status, headers and body of a known user's answer; `conditions` are the values of If-None-Match."""
     entry = answer.entry
     if answer.source in _TOLD_AS_HIT:
         status = b"goodstanding; hit; ttl=%d" % answer.ttl
@@ -457,10 +455,16 @@ def represent(answer: Answer, conditions: Sequence[bytes]) -> Response:
         (b"etag", etag),
     ]
     if conditions and _matches(conditions, etag):
-        response = Response(None, 304)
-    else:
-        response = Response(entry.body)
-        headers += [(b"content-length", b"%d" % len(response.body)), (b"content-type", b"application/json")]
+        return 304, headers, b""
+    body = entry.body or b""
+    headers += [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+    return 200, headers, body
+
+
+def respond(answer: Answer, conditions: Sequence[bytes]) -> Response:
+    """Make the response of a known user's answer."""
+    status, headers, body = represent(answer, conditions)
+    response = Response(body, status)
     response.raw_headers = headers
     return response
 

@@ -33,14 +33,13 @@ PREFIX: Final = "reputation:user:"
 PROBE_SECONDS: Final = 0.5
 """How often Redis is asked to take a write: so soon is a Redis that takes none noticed, and one that is back."""
 
-_LANES: Final = 2
-_MOST_JOINED: Final = 100
-_TICKS: Final = 25
+_MOST_DECODED: Final = 4096
 _SCAN_COUNT: Final = 1000
 _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
 _MOST_PROBE_KEYS: Final = 1000
 _SCRIPTS: Final = files("goodstanding")
+_LOOK: Final = _SCRIPTS.joinpath("look.lua").read_text("utf-8")
 _FILL: Final = _SCRIPTS.joinpath("fill.lua").read_text("utf-8")
 _RELEASE: Final = _SCRIPTS.joinpath("release.lua").read_text("utf-8")
 _VOUCH: Final = _SCRIPTS.joinpath("vouch.lua").read_text("utf-8")
@@ -56,8 +55,15 @@ class Cache(Protocol):
         """Whether the cache is being asked at all."""
         ...
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read what is cached about each user, and whether a lease is out; one round trip, same order."""
+    def peek(self, user_id: str) -> Entry | None:
+        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+        ...
+
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read what is cached about each user, and whether a lease is out; one round trip, same order.
+
+        With a token, whoever has neither is leased under it.
+        """
         ...
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
@@ -130,6 +136,8 @@ class RedisCache:
         # A server's databases share their channels, and another database is another app's.
         pool = getattr(client, "connection_pool", None)
         self._channel = f"goodstanding:{(pool.connection_kwargs.get('db') if pool is not None else None) or 0}"
+        self._decoded: dict[UserId, tuple[bytes, Entry]] = {}
+        """What was read before: the same text is the same entry."""
         self._breaker = Breaker("redis")
         self._closed = False
         self._wire: Wire | ClusterWire
@@ -180,10 +188,19 @@ class RedisCache:
         """Whether Redis is being asked at all."""
         return self._breaker.closed
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read value and lease of each user in one round trip."""
+    def peek(self, _user_id: str) -> Entry | None:
+        """Give nothing: Redis has to be asked."""
+        return None
+
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read value and lease of each user in one round trip; with a token, take the lease of whom nobody knows."""
         asked = self._oldest()
-        replies = await self._send([("MGET", value_key(user), lease_key(user)) for user in user_ids])
+        commands: list[Command] = (
+            [("MGET", value_key(user), lease_key(user)) for user in user_ids]
+            if token is None
+            else [("EVAL", _LOOK, 2, value_key(user), lease_key(user), token, self._lives.lease) for user in user_ids]
+        )
+        replies = await self._send(commands)
         oldest = self._oldest_of(asked)
         return [
             Fetched(self._accept(value, user, oldest), None if lease is None else lease.decode("ascii", "replace"))
@@ -372,10 +389,18 @@ class RedisCache:
     def _accept(self, text: bytes | None, user_id: UserId, oldest: datetime | None = None) -> Entry | None:
         if text is None:
             return None
-        entry = decode(text, user_id=user_id, policy=self._policy)
-        if isinstance(entry, Rejection):
-            CACHE_REJECTED.labels(entry.value).inc()
-            return None
+        known = self._decoded.get(user_id)
+        if known is not None and known[0] == text:
+            entry = known[1]
+        else:
+            decoded = decode(text, user_id=user_id, policy=self._policy)
+            if isinstance(decoded, Rejection):
+                CACHE_REJECTED.labels(decoded.value).inc()
+                return None
+            entry = decoded
+            if len(self._decoded) >= _MOST_DECODED:
+                self._decoded.clear()
+            self._decoded[user_id] = text, entry
         return None if oldest is not None and entry.computed_at < oldest else entry
 
     def _oldest_of(self, asked: datetime | None) -> datetime | None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final, NewType
 
-from goodstanding.errors import GoodstandingError, InvalidSessionIdError, InvalidUserIdError
+from goodstanding.errors import InvalidSessionIdError, InvalidUserIdError
 
 UserId = NewType("UserId", str)
 """A user's UUID in canonical lower-case text: one user, one spelling, one cache key."""
@@ -18,7 +18,8 @@ SessionId = NewType("SessionId", str)
 Clock = Callable[[], datetime]
 """Gives the present moment: aware, UTC. Handed in, so that a test can own the time."""
 
-_CANONICAL_UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+# Written out: half the time of one that repeats a group and ignores the case.
+_is_uuid: Final = re.compile("-".join(f"[0-9a-fA-F]{{{length}}}" for length in (8, 4, 4, 4, 12)), re.ASCII).fullmatch
 
 
 def parse_user_id(text: str) -> UserId:
@@ -26,18 +27,16 @@ def parse_user_id(text: str) -> UserId:
 
     Stricter than uuid.UUID, which also takes braces, `urn:uuid:`, missing hyphens and full-width digits.
     """
-    return UserId(_canonical(text, InvalidUserIdError))
+    if not _is_uuid(text):
+        raise InvalidUserIdError
+    return UserId(text.lower())
 
 
 def parse_session_id(text: str) -> SessionId:
     """Read a session id under the same rule as a user id; raises InvalidSessionIdError."""
-    return SessionId(_canonical(text, InvalidSessionIdError))
-
-
-def _canonical(text: str, error: type[GoodstandingError]) -> str:
-    if _CANONICAL_UUID.fullmatch(text) is None:
-        raise error
-    return text.lower()
+    if not _is_uuid(text):
+        raise InvalidSessionIdError
+    return SessionId(text.lower())
 
 
 class BadgeColor(StrEnum):

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from goodstanding.data import BadgeColor, ReputationData, UserId
 
@@ -20,6 +20,8 @@ _WRITTEN: Final = re.compile(
 )
 """What `encode` writes, and nothing else: no other order, spelling, type or member. Much faster than reading JSON."""
 
+_SEEN: Final = re.compile(rb'":"?(-?[0-9]+|gold|green|red)\b(?=[,"])')
+
 
 class Rejection(StrEnum):
     """Why a cached text is not served."""
@@ -32,37 +34,36 @@ class Rejection(StrEnum):
 class Entry:
     """A user's reputation as computed at `computed_at`, as it is sent: `body` is None where no such user existed then.
 
-    `seen` is what a person sees of it, in one word. A hit never needs more, so `data` is read from the body only for
-    whoever asks.
+    A process keeps very many of them, and a hit never needs more: `data` and `seen` are read from the body for whoever
+    asks.
     """
 
-    __slots__ = ("_data", "body", "computed_at", "seen")
+    __slots__ = ("body", "computed_at")
 
     def __init__(self, data: ReputationData | None, computed_at: datetime) -> None:
         self.computed_at = computed_at
-        self._data = data
         self.body = None if data is None else body(data)
-        self.seen = (
-            b"unknown"
-            if data is None
-            else f"{data.score}-{data.badge_color.value}-{data.completed_sessions}-{data.no_shows}".encode()
-        )
 
     @classmethod
-    def written(cls, body: bytes | None, seen: bytes, computed_at: datetime) -> "Entry":
+    def written(cls, body: bytes | None, computed_at: datetime) -> "Entry":
         """Make an entry of what was cached."""
         entry = cls(None, computed_at)
-        entry.body, entry.seen = body, seen
+        entry.body = body
         return entry
+
+    @property
+    def seen(self) -> bytes:
+        """What a person sees of it, in one word."""
+        return b"unknown" if self.body is None else b"-".join(_SEEN.findall(self.body))
 
     @property
     def data(self) -> ReputationData | None:
         """The reputation as data."""
-        if self._data is None and self.body is not None:
-            members = json.loads(self.body)
-            members |= {"badge_color": BadgeColor(members["badge_color"]), "cache_timestamp": self.computed_at}
-            self._data = ReputationData(**members)
-        return self._data
+        if self.body is None:
+            return None
+        members = json.loads(self.body)
+        members |= {"badge_color": BadgeColor(members["badge_color"]), "cache_timestamp": self.computed_at}
+        return ReputationData(**members)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entry) and (self.body, self.computed_at) == (other.body, other.computed_at)
@@ -74,8 +75,7 @@ class Entry:
         return f"Entry({self.data!r}, {self.computed_at!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(NamedTuple):
     """What one look into the cache showed: an entry that may be served, and whose lease is out, if any."""
 
     entry: Entry | None
@@ -121,7 +121,7 @@ def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
     written = _WRITTEN.fullmatch(text)
     if written is None:
         return Rejection.CORRUPT
-    score, badge, completed, no_shows, moment, whose, under = written.groups()
+    score, *_, moment, whose, under = written.groups()
     if under.decode() != policy:
         return Rejection.OTHER_POLICY
     if whose.decode() != user_id:
@@ -131,6 +131,5 @@ def decode(text: bytes, *, user_id: UserId, policy: str) -> Entry | Rejection:
     except ValueError:
         return Rejection.CORRUPT
     if score is None:
-        return Entry.written(None, b"unknown", computed_at)
-    seen = b"%s-%s-%s-%s" % (score, badge, completed, no_shows)
-    return Entry.written(text[: written.end(5) + 1] + b"}", seen, computed_at)
+        return Entry.written(None, computed_at)
+    return Entry.written(text[: written.end(5) + 1] + b"}", computed_at)

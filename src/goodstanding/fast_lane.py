@@ -5,7 +5,7 @@ It answers what the route of api.py answers, byte for byte, and leaves to that r
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from http import HTTPStatus
@@ -15,45 +15,43 @@ from prometheus_client import Histogram
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from goodstanding.api import METRIC_SOURCES, READ_PATH, Runtime, outcome, represent, request_id
+from goodstanding.api import METRIC_SOURCES, READ_PATH, Runtime, outcome, represent, request_id, respond
 from goodstanding.auth import Role
-from goodstanding.data import parse_user_id
+from goodstanding.data import UserId, parse_user_id
+from goodstanding.entry import Entry
 from goodstanding.errors import GoodstandingError
 from goodstanding.limits import LimitKind
-from goodstanding.memory import Kept
 from goodstanding.metrics import CACHE_READS, REQUEST_SECONDS
-from goodstanding.reputation_service import Answer, Source
-
-Headers = Iterable[tuple[bytes, bytes]]
+from goodstanding.reputation_service import Answer, Look, Source
 
 START: Final = READ_PATH.removesuffix("{user_id}")
 LENGTH: Final = len(START) + 36
 """How long a path of the single read is; its last 36 characters may be a user's id."""
 
+LOOK: Final = "goodstanding.look"
+"""Where a scope holds the look into the cache that was taken for it: its request is counted already."""
+
 _METHODS: Final = frozenset({"GET", "HEAD"})
 _READERS: Final = frozenset({Role.AUTHENTICATED, Role.SERVICE_ROLE})
 _SAID: Final = frozenset({b"authorization", b"if-none-match", b"x-request-id"})
 _HITS: Final = CACHE_READS.labels("hit")
-_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+_LINES: Final = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _MOST_HEADS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """A caller who is known until `expires`, in seconds since 1970, as long as the keys are those."""
-
-    rate_key: str
-    expires: float
-    keys: object
+_MOST_PREPARED: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request's headers say: who asks, how the request is called, and what the caller has already."""
+    """What a request's headers say: who asks, what the caller has already, and how the request is called.
 
-    visitor: Visitor
-    called: str | None
+    The caller is known until `expires`, in seconds since 1970, as long as the keys are those.
+    """
+
+    rate_key: str
+    expires: float
+    keys: object
     conditions: tuple[bytes, ...]
+    called: str | None
 
     def request_id(self) -> bytes:
         """Give the request's id: another one each time, where the caller gave it none."""
@@ -61,28 +59,24 @@ class Asked:
 
 
 class Prepared:
-    """A hit's response, but for the request's id, that stays the same for a second.
+    """A hit's response, but for the request's id, as it is until its `ttl` in whole seconds is another.
 
-    `lines` is what is sent before the body, but for the server's own headers. `horizon` is between which moments it
-    holds, and when it expires, in seconds since 1970.
+    `lines` is what is sent before the body, but for the server's own headers.
     """
 
-    __slots__ = ("body", "headers", "horizon", "lines", "status", "ttl")
+    __slots__ = ("_expires", "_holds", "body", "entry", "headers", "lines", "status", "ttl")
 
-    def __init__(
-        self, kept: Kept, horizon: tuple[float, float, float], now: float, conditions: Sequence[bytes]
-    ) -> None:
-        self.horizon = horizon
-        self.ttl = int(horizon[2] - now)
-        response = represent(Answer(kept.entry, Source.HIT, self.ttl), conditions)
-        self.status = response.status_code
-        self.headers = response.raw_headers
-        self.lines = b"HTTP/1.1 %d %s\r\n" % (response.status_code, _PHRASES[response.status_code])
-        self.lines += b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
-        self.body = bytes(response.body)
+    def __init__(self, entry: Entry, horizon: tuple[float, float, float], now: float, asked: Asked) -> None:
+        self.entry = entry
+        computed, due, self._expires = horizon
+        self._holds = (computed, due)
+        self.ttl = int(self._expires - now)
+        self.status, self.headers, self.body = represent(Answer(entry, Source.HIT, self.ttl), asked.conditions)
+        self.lines = _LINES[self.status] + b"".join([b"%s: %s\r\n" % header for header in self.headers])
 
-
-Hit = tuple[Prepared, Asked]
+    def holds(self, entry: Entry, now: float) -> bool:
+        """Tell whether this is still the answer, and nothing else is to be done about the entry."""
+        return self.entry is entry and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
 
 
 class FastLane:
@@ -105,8 +99,10 @@ class FastLane:
         self._elsewhere = elsewhere
         self._metrics: dict[tuple[str, int, str], Histogram] = {}
         self._untold: list[tuple[str, int, float]] = []
+        self._hits = 0
         self._heads: dict[bytes, Asked] = {}
         """By digest: a token is nowhere kept."""
+        self._prepared: dict[str, Prepared] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application answer."""
@@ -121,34 +117,53 @@ class FastLane:
             and not scope["root_path"]
         ):
             began = time.perf_counter()
-            now = self._now()
             user = scope["path"][-36:]
-            asked = self._asked(runtime, scope["headers"], now)
+            asked = self.asked(scope["headers"])
             if asked is not None:
-                prepared = _remembered(runtime, user, asked, now)
+                look = scope.get(LOOK)
+                prepared = self.hit(user, asked) if look is None else None
                 if prepared is not None:
                     headers = [*prepared.headers, (b"x-request-id", asked.request_id())]
                     await send({"type": "http.response.start", "status": prepared.status, "headers": headers})
                     await send({"type": "http.response.body", "body": prepared.body})
-                    self.note_hit(scope["method"], prepared.status, time.perf_counter() - began)
+                    self.note(scope["method"], prepared.status, time.perf_counter() - began)
                     return
-                called = request_id(asked.called)
-                response, source = await _read(runtime, user, asked, called, now)
-                if response is not None:
+                user_id = parse_user_id(user) if look is not None else self._admit(runtime, user, asked)
+                if user_id is not None:
+                    called = request_id(asked.called)
+                    response, source = await _read(runtime, user_id, asked, called, look)
                     await response(scope, receive, send)
                     self._observe(scope["method"], response.status_code, source, time.perf_counter() - began)
                     return
         await self._app(scope, receive, send)
 
-    def hit(self, user: str, headers: Headers, elsewhere: Collection[bytes]) -> Hit | None:
-        """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
+    def asked(self, headers: Iterable[tuple[bytes, bytes]], elsewhere: Collection[bytes] = ()) -> Asked | None:
+        """Read the headers; None: who asks is not known yet, or the application must see to it."""
         runtime = self._runtime()
-        if runtime is None or runtime.memory is None or runtime.memory.peek(user) is None:
+        said: dict[bytes, bytes] = {}
+        for name, value in headers:
+            if name in _SAID:
+                if name in said:
+                    return None
+                said[name] = value
+            elif name in self._elsewhere or name in elsewhere:
+                return None
+        credentials = said.get(b"authorization")
+        if runtime is None or credentials is None:
             return None
-        now = self._now()
-        asked = self._asked(runtime, headers, now, elsewhere)
-        prepared = _remembered(runtime, user, asked, now) if asked is not None else None
-        return (prepared, asked) if asked is not None and prepared is not None else None
+        caller = runtime.authenticator.known(credentials)
+        if caller is None or caller.role not in _READERS or caller.subject is None or caller.expires is None:
+            return None
+        expires = caller.expires.timestamp()
+        if self._now() >= expires:
+            return None
+        return Asked(
+            runtime.authenticator.rate_key(caller, (), None),
+            expires,
+            runtime.authenticator.keys,
+            (said[b"if-none-match"],) if b"if-none-match" in said else (),
+            said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None,
+        )
 
     def learn(self, head: bytes, asked: Asked) -> None:
         """Remember what a parser made of a request's bytes, from its path on, so that they need not be parsed again."""
@@ -158,30 +173,64 @@ class FastLane:
                 del self._heads[next(iter(self._heads))]
             self._heads[digest] = asked
 
-    def repeated(self, user: str, head: bytes) -> Hit | None:
-        """Give the response to a request whose bytes are known, as `hit` does."""
+    def recognised(self, head: bytes) -> Asked | None:
+        """Give what is known of a request's bytes, from its path on."""
         digest = blake2b(head, digest_size=32).digest()
         asked = self._heads.get(digest)
         if asked is None:
             return None
         runtime = self._runtime()
-        now = self._now()
-        visitor = asked.visitor
-        if runtime is None or now >= visitor.expires or visitor.keys is not runtime.authenticator.keys:
+        if runtime is None or self._now() >= asked.expires or asked.keys is not runtime.authenticator.keys:
             del self._heads[digest]
             return None
-        prepared = _remembered(runtime, user, asked, now)
-        return (prepared, asked) if prepared is not None else None
+        return asked
 
-    def note_hit(self, method: str, status: int, seconds: float) -> None:
-        """Note a hit that `hit` or `repeated` gave. The metrics learn of all hits of this moment together."""
+    def hit(self, user: str, asked: Asked) -> Prepared | None:
+        """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
+        runtime = self._runtime()
+        entry = runtime.service.peek(user) if runtime is not None else None
+        if runtime is None or entry is None or entry.body is None:
+            return None
+        now = self._now()
+        prepared = self._prepare(runtime, user, entry, asked, now)
+        if not prepared.holds(entry, now) or runtime.limiter.admit(asked.rate_key, LimitKind.READ, now):
+            return None
+        self._hits += 1
+        return prepared
+
+    def look(self, user: str, asked: Asked, tell: Callable[[Prepared | None, Look | None], None]) -> bool:
+        """Look into the cache, within the caller's limit, and tell the response if it is a hit, and what was seen.
+
+        False: nothing is told, the application sees to it.
+        """
+        runtime = self._runtime()
+        user_id = self._admit(runtime, user, asked) if runtime is not None else None
+        if runtime is None or user_id is None:
+            return False
+
+        def looked(look: Look | None) -> None:
+            answer = look.answers.get(user_id) if look is not None else None
+            prepared = None
+            if answer is not None and answer.entry.body is not None:
+                now = self._now()
+                prepared = self._prepare(runtime, user_id, answer.entry, asked, now)
+                if prepared.ttl != answer.ttl:
+                    prepared = None
+            tell(prepared, look)
+
+        runtime.service.look(user_id, looked)
+        return True
+
+    def note(self, method: str, status: int, seconds: float) -> None:
+        """Note a response of ours. The metrics learn of all of this moment together."""
         if not self._untold:
             asyncio.get_running_loop().call_soon(self._tell)
         self._untold.append((method, status, seconds))
 
     def _tell(self) -> None:
         untold, self._untold = self._untold, []
-        _HITS.inc(len(untold))
+        _HITS.inc(self._hits)
+        self._hits = 0
         for method, status, seconds in untold:
             self._observe(method, status, "cache", seconds)
 
@@ -192,64 +241,35 @@ class FastLane:
             metric = self._metrics[labels] = REQUEST_SECONDS.labels(READ_PATH, *labels)
         metric.observe(seconds)
 
-    def _asked(self, runtime: Runtime, headers: Headers, now: float, elsewhere: Collection[bytes] = ()) -> Asked | None:
-        """Read the headers; None: who asks is not known yet, or the application must see to it."""
-        said: dict[bytes, bytes] = {}
-        for name, value in headers:
-            if name in _SAID:
-                if name in said:
-                    return None
-                said[name] = value
-            elif name in self._elsewhere or name in elsewhere:
-                return None
-        credentials = said.get(b"authorization")
-        if credentials is None:
+    def _prepare(self, runtime: Runtime, user: str, entry: Entry, asked: Asked, now: float) -> Prepared:
+        prepared = self._prepared.get(user) if not asked.conditions else None
+        if prepared is None or not prepared.holds(entry, now):
+            prepared = Prepared(entry, runtime.service.horizon(entry), now, asked)
+            if not asked.conditions:
+                if len(self._prepared) >= _MOST_PREPARED:
+                    self._prepared.clear()
+                self._prepared[user] = prepared
+        return prepared
+
+    def _admit(self, runtime: Runtime, user: str, asked: Asked) -> UserId | None:
+        """Count the request; None: it is refused, or not even a request that counts, and the route says so."""
+        try:
+            user_id = parse_user_id(user)
+        except GoodstandingError:
             return None
-        caller = runtime.authenticator.known(credentials)
-        if caller is None or caller.role not in _READERS or caller.subject is None or caller.expires is None:
-            return None
-        expires = caller.expires.timestamp()
-        if now >= expires:
-            return None
-        rate_key = runtime.authenticator.rate_key(caller, (), None)
-        visitor = Visitor(rate_key, expires, runtime.authenticator.keys)
-        called = said[b"x-request-id"].decode("latin-1") if b"x-request-id" in said else None
-        return Asked(visitor, called, (said[b"if-none-match"],) if b"if-none-match" in said else ())
+        return None if runtime.limiter.admit(asked.rate_key, LimitKind.READ, self._now()) else user_id
 
 
-def _remembered(runtime: Runtime, user: str, asked: Asked, now: float) -> Prepared | None:
-    """Give the response from memory; None: the service answers, and sees to whatever else there is to do."""
-    kept = runtime.memory.peek(user) if runtime.memory is not None else None
-    if kept is None or kept.entry.body is None:
-        return None
-    prepared = kept.prepared
-    horizon = prepared.horizon if isinstance(prepared, Prepared) else runtime.service.horizon(kept.entry)
-    if not horizon[0] <= now < horizon[1]:
-        return None
-    try:
-        runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
-    except GoodstandingError:
-        return None
-    if asked.conditions:
-        return Prepared(kept, horizon, now, asked.conditions)
-    if not isinstance(prepared, Prepared) or int(horizon[2] - now) != prepared.ttl:
-        prepared = kept.prepared = Prepared(kept, horizon, now, ())
-    return prepared
-
-
-async def _read(runtime: Runtime, user: str, asked: Asked, called: str, now: float) -> tuple[Response | None, str]:
-    """Answer as the route does; None: that is for the route, since it is not even a request that counts."""
-    try:
-        user_id = parse_user_id(user)
-        runtime.limiter.take(asked.visitor.rate_key, LimitKind.READ, now)
-    except GoodstandingError:
-        return None, ""
+async def _read(
+    runtime: Runtime, user_id: UserId, asked: Asked, called: str, look: Look | None
+) -> tuple[Response, str]:
+    """Answer as the route does."""
     source = "none"
 
     async def work() -> Response:
         nonlocal source
-        answer = await runtime.service.read(user_id)
+        answer = await runtime.service.read(user_id, look=look)
         source = METRIC_SOURCES.get(answer.source, "database")
-        return represent(answer, asked.conditions)
+        return respond(answer, asked.conditions)
 
     return await outcome(work(), READ_PATH, called), source

@@ -168,7 +168,11 @@ class SessionHistory:
         except BaseException:
             await self._pool.release(connection)
             raise
-        await self._pool.release(connection)
+        self._spawn(self._return(connection))
+
+    async def _return(self, connection: "_Lent") -> None:
+        await asyncio.sleep(0)  # whoever waits for the rows goes first
+        await self._give_up(connection)
 
     async def _give_up(self, connection: "_Lent") -> None:
         with suppress(*_OUTAGES):

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with the fast lane's hits answered before there is a task, a scope or a message.
+"""uvicorn's HTTP protocol, with the fast lane's hits answered before there is a scope or a message.
 
 Everything else goes the server's own way. So does everything where the server is not the one that this was written for.
 Nothing is parsed in here: the bytes of a request, all but whose reputation it asks for, are looked up among those that
@@ -7,12 +7,14 @@ the server's parser has been through before.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from goodstanding.fast_lane import LENGTH, START, Asked, FastLane, Hit
+from goodstanding.fast_lane import LENGTH, LOOK, START, Asked, FastLane, Prepared
 from goodstanding.http_bounds import BoundedProtocol
+from goodstanding.reputation_service import Look
 
 _START: Final = START.encode()
 _GET: Final = b"GET " + _START
@@ -23,9 +25,10 @@ _USED: Final = (
     *("app", "cycle", "flow", "headers", "loop", "parser", "server_state", "timeout_keep_alive"),
     *("timeout_keep_alive_handler", "timeout_keep_alive_task", "transport"),
 )
-_SET_LATER: Final = frozenset({"headers", "url"})
+_SET_LATER: Final = frozenset({"headers", "scope", "url"})
 """These the server gives to a connection when a request begins."""
 
+_MOST_EARLY: Final = 64 * 1024
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
@@ -37,8 +40,12 @@ class HotProtocol(BoundedProtocol):
         lane = getattr(self.app, "lane", None)
         known = all(hasattr(self, name) for name in _USED) and _names_in(super().on_message_begin) >= _SET_LATER
         self._lane: FastLane | None = lane if known and isinstance(lane, FastLane) else None
-        self._answered: Asked | None = None
-        self._last: list[Asked] = []
+        self._answered = False
+        self._asked: Asked | None = None
+        self._waiting: bytes | None = None
+        self._early = b""
+        self._look: Look | None = None
+        self._stopping = False
         self._headers: list[tuple[bytes, bytes]] = []
         self._lines = b""
         self._rested = float("-inf")
@@ -46,23 +53,63 @@ class HotProtocol(BoundedProtocol):
         self._completed = 0
 
     def data_received(self, data: bytes) -> None:
-        """Answer at once a request that is known by its bytes."""
+        """Answer a request that is known by its bytes: at once, or after a look into the cache."""
         lane, begun = self._lane, self._begun
+        if self._waiting is not None:
+            self._early += data
+            if len(self._early) > _MOST_EARLY:
+                self.flow.pause_reading()
+            return
         if lane is None or begun != self._completed or not data.startswith(_GET):
             super().data_received(data)
             return
         if self._is_idle():
             began = time.perf_counter()
-            hit = lane.repeated(data[_USER].decode("latin-1"), data[_HEAD])
-            if hit is not None:
-                self._send(lane, hit, began)
-                self._rest()
-                return
-        self._last.clear()
+            asked = lane.recognised(data[_HEAD])
+            if asked is not None:
+                user = data[_USER].decode("latin-1")
+                prepared = lane.hit(user, asked)
+                if prepared is not None:
+                    self._send(lane, prepared, asked, began)
+                    self._rest()
+                    return
+                if lane.look(user, asked, partial(self._looked, lane, asked, began)):
+                    self._waiting = data
+                    return
+        self._asked = None
         super().data_received(data)
-        if self._last and begun + 1 == self._begun == self._completed and data.endswith(_END):
+        if begun + 1 == self._begun == self._completed and data.endswith(_END):
             # One request, whole and alone.
-            lane.learn(data[_HEAD], *self._last)
+            self._learn(lane, data)
+
+    def _learn(self, lane: FastLane, data: bytes) -> None:
+        if self._asked is not None:
+            lane.learn(data[_HEAD], self._asked)
+
+    def _looked(self, lane: FastLane, asked: Asked, began: float, prepared: Prepared | None, look: Look | None) -> None:
+        """Answer what was looked for, or let the application do it with what was seen."""
+        data, self._waiting = self._waiting, None
+        early, self._early = self._early, b""
+        if data is None or self.transport.is_closing():
+            return
+        if prepared is not None and not self._stopping:
+            self._send(lane, prepared, asked, began)
+            self._rest()
+        else:
+            self._look = look
+            super().data_received(data)
+            self._look = None
+        if early:
+            self.flow.resume_reading()
+            self.data_received(early)
+        if self._stopping:
+            super().shutdown()
+
+    def shutdown(self) -> None:
+        """Close the connection once what is under way is answered."""
+        self._stopping = True
+        if self._waiting is None:
+            super().shutdown()
 
     def on_message_begin(self) -> None:
         """Count what was begun."""
@@ -71,26 +118,28 @@ class HotProtocol(BoundedProtocol):
 
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
-        lane = self._lane
-        asked = lane is not None and not self._in_pieces and len(self.url) == LENGTH and self.url.startswith(_START)
-        if lane is None or not asked or not self._hit(lane):
+        if self._look is not None:
+            self.scope[LOOK] = self._look  # type: ignore[typeddict-unknown-key] # an application's own
+        elif (lane := self._lane) is not None and len(self.url) == LENGTH and self.url.startswith(_START):
+            # A head that may be too large is measured first.
+            self._answered = not self._in_pieces and self._hit(lane)
+        if not self._answered:
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Go on with the connection's next request."""
         self._completed += 1
-        if self._answered is not None:
-            self._last[:] = [self._answered]
-            self._answered = None
+        if self._answered:
+            self._answered = False
             self.on_response_complete()
         else:
             super().on_message_complete()
 
     def _is_idle(self) -> bool:
-        """Tell whether nothing is under way on this connection, and the client reads."""
+        """Tell whether nothing is under way on this connection, the client reads, and nothing was refused."""
         # The server does not say that there may be none.
         cycle: RequestResponseCycle | None = self.cycle
-        return (cycle is None or cycle.response_complete) and not self.flow.write_paused
+        return (cycle is None or cycle.response_complete) and not self.flow.write_paused and not self._deaf
 
     def _hit(self, lane: FastLane) -> bool:
         began = time.perf_counter()
@@ -103,15 +152,16 @@ class HotProtocol(BoundedProtocol):
             or parser.get_http_version() != "1.1"
         ):
             return False
-        hit = lane.hit(self.url[-36:].decode("latin-1"), self.headers, _ELSEWHERE)
-        if hit is None:
+        self._asked = lane.asked(self.headers, _ELSEWHERE)
+        if self._asked is None:
             return False
-        self._answered = hit[1]
-        self._send(lane, hit, began)
+        prepared = lane.hit(self.url[-36:].decode("latin-1"), self._asked)
+        if prepared is None:
+            return False
+        self._send(lane, prepared, self._asked, began)
         return True
 
-    def _send(self, lane: FastLane, hit: Hit, began: float) -> None:
-        prepared, asked = hit
+    def _send(self, lane: FastLane, prepared: Prepared, asked: Asked, began: float) -> None:
         headers = self.server_state.default_headers
         if headers is not self._headers:
             self._headers = headers
@@ -119,7 +169,7 @@ class HotProtocol(BoundedProtocol):
         self.transport.write(
             b"".join((prepared.lines, self._lines, b"x-request-id: ", asked.request_id(), _END, prepared.body))
         )
-        lane.note_hit("GET", prepared.status, time.perf_counter() - began)
+        lane.note("GET", prepared.status, time.perf_counter() - began)
 
     def _rest(self) -> None:
         """Do what the server does after a response; but its timer is left to run, and looks when it rings."""
@@ -131,8 +181,9 @@ class HotProtocol(BoundedProtocol):
             )
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection, unless a hit was answered since the timer was set."""
-        left = self._rested + self.timeout_keep_alive - self.loop.time()
+        """Close the connection, unless one is waiting for a hit or got one since the timer was set."""
+        rested = self.loop.time() if self._waiting is not None else self._rested
+        left = rested + self.timeout_keep_alive - self.loop.time()
         if left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         else:

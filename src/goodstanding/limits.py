@@ -121,6 +121,13 @@ class RateLimiter:
 
         `now` is the clock's moment in seconds since 1970, where the caller has it.
         """
+        seconds = self.admit(caller_key, kind, now)
+        if seconds:
+            RATE_LIMITED.labels(kind.value).inc()
+            raise RateLimitedError(retry_after=seconds)
+
+    def admit(self, caller_key: str, kind: LimitKind, now: float | None = None) -> int:
+        """Count one request as `take` does, or give the seconds to wait: for whoever leaves a refusal to another."""
         limit, callers = self._limits[kind], self._callers[kind]
         number, elapsed = self._moment(now)
         caller = callers.get(caller_key)
@@ -137,11 +144,11 @@ class RateLimiter:
                 elapsed = 0
         previous, current = caller.previous.total, caller.current.total
         if previous * (_WINDOW - elapsed) + (current + 1) * _WINDOW > limit * _WINDOW:
-            RATE_LIMITED.labels(kind.value).inc()
-            raise RateLimitedError(retry_after=_wait(previous, current, elapsed, limit))
+            return _wait(previous, current, elapsed, limit)
         caller.current.untold += 1
         if self._counters is not None:
             self._untold[kind, caller_key] = caller
+        return 0
 
     async def run(self, *, sync_seconds: float = 0.5) -> None:
         """Compare notes with the fleet, for ever; returns at once when there are no counters to share."""

@@ -32,7 +32,7 @@ from goodstanding.errors import ConfigurationError, InvalidInputError, Temporari
 from goodstanding.fast_lane import FastLane
 from goodstanding.history import SessionHistory
 from goodstanding.limits import RateLimiter, SharedCounters
-from goodstanding.memory import Memory, MemoryCache, MemoryTier
+from goodstanding.memory import MemoryCache, MemoryTier
 from goodstanding.metrics import forget_ended_processes
 from goodstanding.policy import ReputationPolicy
 from goodstanding.reputation_service import ReputationService
@@ -62,7 +62,6 @@ class Opened:
     service: ReputationService
     history: SessionHistory
     counters: SharedCounters | None
-    memory: Memory | None
     freshness: Freshness
     heard: list[Heard]
     """Called with whose counts changed, as long as the service is open; more may be added."""
@@ -82,12 +81,11 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
     announcer = Announcer()
     async with AsyncExitStack() as stack:
         cache: Cache
-        memory: Memory | None = None
         redis: RedisCache | None = None
         if settings.redis_url.get_secret_value():
             cache = redis = await stack.enter_async_context(_open_redis(settings, oldest=oldest))
             if live and settings.memory_seconds:
-                cache = memory = tier = MemoryTier(
+                cache = tier = MemoryTier(
                     below=redis,
                     lives=lives,
                     capacity=settings.memory_entries,
@@ -97,7 +95,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
                 )
                 heard.append(tier.evict)
         else:
-            cache = memory = alone = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
+            cache = alone = MemoryCache(lives=lives, capacity=settings.memory_entries, oldest=oldest)
             if live and settings.session_database() is not None:
                 alone.announce = announcer.say
                 heard.append(alone.evict)
@@ -127,7 +125,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
             for work in _follow(settings, history, redis, announcer, Broadcast(freshness, heard)):
                 spawn(work)
             spawn(_tell_freshness(freshness))
-        yield Opened(service, history, redis, memory, freshness, heard)
+        yield Opened(service, history, redis, freshness, heard)
 
 
 def _lives(settings: Settings) -> Lives:
@@ -249,7 +247,6 @@ async def open_runtime(
             authenticator=authenticator,
             limiter=limiter,
             subscribers=subscribers,
-            memory=opened.memory,
             key_set=key_set,
             hears=lambda: opened.freshness.trusted,
             public_reads=settings.public_reads,

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Final
 
 from goodstanding.cache import Cache
 from goodstanding.data import Clock, UserId
@@ -19,27 +19,19 @@ async def _nobody(_users: Sequence[UserId] | None) -> None:
     """Tell nobody: there is no other process."""
 
 
-@dataclass(slots=True, eq=False)
-class Kept:
-    """What is served of a user `until` a moment of the monotonic clock; `prepared` is its reader's own."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is served of a user `until` a moment of the monotonic clock."""
 
     entry: Entry
     until: float
-    prepared: object = None
-
-
-class Memory(Protocol):
-    """Something that keeps values in this process."""
-
-    def peek(self, user_id: str) -> Kept | None:
-        """Give what is served of a user at this moment, if anything is; any text may be asked for."""
 
 
 @dataclass(slots=True)
 class _Slot:
     """What is remembered about one user; moments are in seconds of the monotonic clock."""
 
-    kept: Kept | None = None
+    kept: _Kept | None = None
     last_good: Entry | None = None
     last_good_until: float = 0.0
     lease: str | None = None
@@ -66,23 +58,26 @@ class MemoryCache:
         """Memory is always there."""
         return True
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read what is remembered about each user, and whether a lease is out."""
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read what is remembered about each user, and whether a lease is out, taking it under a token."""
         now = self.monotonic()
         oldest = self.oldest()
         found = []
         for user in user_ids:
-            slot = self._slots.get(user)
+            slot = self._slots.get(user) if token is None else self._slot(user)
             if slot is None:
                 found.append(Fetched(None, None))
                 continue
             self._slots.move_to_end(user)
-            kept = _served(slot, now, oldest)
+            entry = _served(slot, now, oldest)
             lease = slot.lease if now < slot.lease_until else None
-            found.append(Fetched(kept.entry if kept is not None else None, lease))
+            if entry is None and lease is None and token is not None:
+                lease = slot.lease = token
+                slot.lease_until = now + self.lives.lease / 1000
+            found.append(Fetched(entry, lease))
         return found
 
-    def peek(self, user_id: str) -> Kept | None:
+    def peek(self, user_id: str) -> Entry | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         slot = self._slots.get(user_id)
         if slot is None:
@@ -122,7 +117,7 @@ class MemoryCache:
             holds = slot is not None and slot.lease == token and now < slot.lease_until
             if slot is not None and holds:
                 known = entry.body is not None
-                slot.kept = Kept(entry, now + (self.lives.value if known else self.lives.unknown) / 1000)
+                slot.kept = _Kept(entry, now + (self.lives.value if known else self.lives.unknown) / 1000)
                 slot.last_good = entry if known else None
                 slot.last_good_until = now + self.lives.last_good / 1000
                 slot.lease = None
@@ -166,11 +161,11 @@ class MemoryCache:
         return slot
 
 
-def _served(slot: _Slot, now: float, oldest: datetime | None) -> Kept | None:
+def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
     kept = slot.kept
     if kept is None or now >= kept.until or (oldest is not None and kept.entry.computed_at < oldest):
         return None
-    return kept
+    return kept.entry
 
 
 @dataclass(slots=True)
@@ -188,7 +183,7 @@ class MemoryTier:
     trusted: Callable[[], bool]
     clock: Clock
     monotonic: Callable[[], float] = time.monotonic
-    _kept: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[str, _Kept] = field(default_factory=OrderedDict)
     _events: int = 0
     _evicted: OrderedDict[UserId, int] = field(default_factory=OrderedDict)
     _forgotten: int = 0
@@ -199,29 +194,32 @@ class MemoryTier:
         """Whether the cache below is being asked."""
         return self.below.available
 
-    async def fetch(self, user_ids: Sequence[UserId]) -> list[Fetched]:
-        """Read from memory, and from below in one round trip what is not there."""
+    async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
+        """Read from memory, and from below in one round trip what is not there; leases are taken there."""
         if not self.trusted():
-            return await self.below.fetch(user_ids)
+            return await self.below.fetch(user_ids, token=token)
         now = self.monotonic()
-        found: dict[UserId, Fetched] = {}
-        for user in user_ids:
-            kept = self._kept.get(user)
-            if kept is not None and now < kept.until:
-                found[user] = Fetched(kept.entry, None)
+        kept = self._kept
+        found = {
+            user: Fetched(one.entry, None)
+            for user in user_ids
+            if (one := kept.get(user)) is not None and now < one.until
+        }
+        if len(found) == len(user_ids):
+            return [*found.values()]
         missing = [user for user in user_ids if user not in found]
         if missing:
             asked = self._events
-            for user, fetched in zip(missing, await self.below.fetch(missing), strict=True):
+            for user, fetched in zip(missing, await self.below.fetch(missing, token=token), strict=True):
                 found[user] = fetched
                 if fetched.entry is not None:
                     self._keep(user, fetched.entry, asked)
         return [found[user] for user in user_ids]
 
-    def peek(self, user_id: str) -> Kept | None:
+    def peek(self, user_id: str) -> Entry | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         kept = self._kept.get(user_id)
-        return kept if kept is not None and self.monotonic() < kept.until and self.trusted() else None
+        return kept.entry if kept is not None and self.monotonic() < kept.until and self.trusted() else None
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
         """Read from below."""
@@ -283,7 +281,7 @@ class MemoryTier:
             return
         life = self.lives.unknown if entry.body is None else self.lives.value
         left = life / 1000 - (self.clock() - entry.computed_at).total_seconds()
-        self._kept[user_id] = Kept(entry, self.monotonic() + min(self.seconds, left))
+        self._kept[user_id] = _Kept(entry, self.monotonic() + min(self.seconds, left))
         self._kept.move_to_end(user_id)
         if len(self._kept) > self.capacity:
             self._kept.popitem(last=False)

@@ -39,6 +39,9 @@ LOADS: Final = Counter(
     "Users loaded from PostgreSQL, by reason: miss, refresh (ahead of expiry), request (use_cache=false), away.",
     ("reason",),
 )
+LOADS_REFUSED: Final = Counter(
+    "goodstanding_loads_refused_total", "Users refused with 503 because as many loads waited as may."
+)
 STALE_SERVED: Final = Counter(
     "goodstanding_stale_served_total", "Last known good copies served because PostgreSQL could not answer."
 )

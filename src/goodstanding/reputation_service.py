@@ -1,13 +1,13 @@
 """The service: cache -> history -> calculator -> cache. It alone decides where an answer comes from."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
-from typing import Final, Self
+from random import getrandbits
+from typing import Final, NamedTuple, Self
 
 import structlog
 
@@ -15,10 +15,10 @@ from goodstanding.breaker import Breaker, watch
 from goodstanding.cache import Cache
 from goodstanding.calculator import ReputationCalculator
 from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
-from goodstanding.entry import Entry, Lives
+from goodstanding.entry import Entry, Fetched, Lives
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.history import SessionHistory
-from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, STALE_SERVED
+from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, LOADS_REFUSED, STALE_SERVED
 from goodstanding.policy import ReputationPolicy
 from goodstanding.tasks import Spawn, background
 
@@ -28,6 +28,10 @@ _REFRESH_JITTER: Final = 0.1
 _POLL_SECONDS: Final = (0.002, 0.02)
 _PROBE_SECONDS: Final = 0.5
 _CHECK_SECONDS: Final = 1.0
+_MOST_WAIT: Final = 0.5
+"""Of the load deadline: how long a load that would have to wait for its turn may expect to wait."""
+
+_PACE_WEIGHT: Final = 0.1
 _HITS: Final = CACHE_READS.labels("hit")
 _MISSES: Final = CACHE_READS.labels("miss")
 MOST_USERS: Final = 100
@@ -64,8 +68,7 @@ _UNCACHED: Final = frozenset({LoadReason.REQUEST, LoadReason.AWAY})
 """Loads that never end with a value from the cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """One user's reputation and where it came from; an unknown user's entry has no data.
 
     `ttl` is the entry's remaining life in whole seconds, negative when it is stale.
@@ -79,6 +82,18 @@ class Answer:
     def data(self) -> ReputationData | None:
         """The reputation; None for an unknown user."""
         return self.entry.data
+
+
+@dataclass(slots=True)
+class Look:
+    """What a look into the cache showed, which began at a moment of the service's own order of events."""
+
+    begin: int
+    leases: "dict[UserId, str | None]"
+    """Whom it looked for, and whose lease was out."""
+    answers: "dict[UserId, Answer]" = field(default_factory=dict)
+    reason: LoadReason = LoadReason.REQUEST
+    """Why whatever is missing is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +119,28 @@ class _Flight:
     """The moment at which it began to read its outcome, in the service's own order of events; None: not yet."""
     newest: int = -1
     """The moment at which the newest of the reads that share it began."""
+    _waiting: "list[asyncio.Future[None]]" = field(default_factory=list)
+
+    async def landed(self) -> None:
+        """Wait for the outcome, without a part in the load: whoever goes away takes it from nobody."""
+        if not self.loaded.done():
+            # Of one's own, and not asyncio.shield: that costs another turn of the loop.
+            mine = asyncio.get_running_loop().create_future()
+            self._waiting.append(mine)
+            await mine
+
+    def land(self, outcome: _Loaded | Exception) -> None:
+        """Hand the outcome, the first one alone, to everyone who shares the load."""
+        if self.loaded.done():
+            return
+        if isinstance(outcome, Exception):
+            self.loaded.set_exception(outcome)
+            self.loaded.exception()  # retrieved, even if everyone who waited has gone
+        else:
+            self.loaded.set_result(outcome)
+        for mine in self._waiting:
+            if not mine.done():
+                mine.set_result(None)
 
     def serves(self, user_id: UserId, *, begin: int, lease: str | None) -> bool:
         """Tell whether a read that began at `begin`, and then saw `lease`, may share this load.
@@ -119,7 +156,8 @@ class _Flight:
 class ReputationService:
     """Reputations, exact and fast, under one policy. Open it with `open`; it owns the loads that it starts.
 
-    `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once.
+    `load_deadline` and `cache_wait` are in seconds; at most `concurrent_loads` queries run at once. What is not cached
+    while loads have to wait for longer than half of the deadline is refused at once: it would wait in vain.
     """
 
     def __init__(  # noqa: PLR0913 - one wiring, all by name
@@ -140,18 +178,26 @@ class ReputationService:
         self._cache = cache
         self._history = history
         self._calculator = ReputationCalculator(policy)
-        self._lives = lives
+        self._life, self._unknown_life = lives.value / 1000, lives.unknown / 1000
+        self._refresh_from = self._life * _REFRESH_AT
         self._load_deadline = load_deadline
         self._cache_wait = cache_wait
         self._clock = clock
         self._random = random
         self._spawn = spawn
+        # Bound now: a logger that is looked up costs more than a line that is not written.
+        self._log = _log.bind()
         self._slots = asyncio.Semaphore(concurrent_loads)
+        self._concurrent_loads = concurrent_loads
+        self._pace = 0.0
+        """About how many seconds pass from one query's end to the next one's while loads wait."""
+        self._ended_at: float | None = None
         self._database = Breaker("database")
         self._flights: dict[UserId, _Flight] = {}
         self._loads: dict[asyncio.Task[None], _Flight] = {}
         self._refreshing: set[UserId] = set()
         self._events = count()
+        self._looking: list[tuple[UserId, Callable[[Look | None], None]]] = []
         self._checked = -_CHECK_SECONDS
 
     @classmethod
@@ -203,9 +249,19 @@ class ReputationService:
         away = {"database": not self._database.closed, "cache": not self._cache.available}
         return tuple(name for name, is_away in away.items() if is_away)
 
-    async def read(self, user_id: UserId, *, use_cache: bool = True) -> Answer:
-        """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError."""
-        answer = (await self._read([user_id], use_cache=use_cache))[user_id]
+    async def read(self, user_id: UserId, *, use_cache: bool = True, look: Look | None = None) -> Answer:
+        """Answer for one user; raises UserNotFoundError and TemporarilyUnavailableError.
+
+        A `look` at this user that was taken for this read is not taken again.
+        """
+        if look is None:
+            entry = self._cache.peek(user_id) if use_cache else None
+            look = Look(next(self._events), {user_id: None})
+            if entry is not None:
+                self._note(look, [Fetched(entry, None)])
+            elif use_cache:
+                look = await self._looked(user_id)
+        answer = look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
         if answer.entry.body is None:
             raise UserNotFoundError
         return answer
@@ -215,12 +271,30 @@ class ReputationService:
 
         `Answer.data` is None for unknown users. Raises TemporarilyUnavailableError when any of them cannot be had.
         """
-        return await self._read(user_ids, use_cache=use_cache)
+        look = Look(next(self._events), dict.fromkeys(user_ids))
+        if use_cache:
+            await self._fetch(look)
+        missing = [user for user in look.leases if user not in look.answers]
+        return look.answers | await self._load(missing, look) if missing else look.answers
+
+    def peek(self, user_id: str) -> Entry | None:
+        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+        return self._cache.peek(user_id)
+
+    def look(self, user_id: UserId, tell: Callable[[Look | None], None]) -> None:
+        """Look a user up in the cache, and tell what it showed, or None where it came to nothing.
+
+        All looks of one turn of the loop are one, and begin the loads of those whom nobody knows. `tell` must not
+        raise.
+        """
+        if not self._looking:
+            asyncio.get_running_loop().call_soon(self._start_looking)
+        self._looking.append((user_id, tell))
 
     def horizon(self, entry: Entry) -> tuple[float, float, float]:
         """Tell when a known user's entry was computed, may first be refreshed, and expires; in seconds since 1970."""
-        computed, life = entry.computed_at.timestamp(), self._lives.value / 1000
-        return computed, computed + life * _REFRESH_AT, computed + life
+        computed = entry.computed_at.timestamp()
+        return computed, computed + self._refresh_from, computed + self._life
 
     async def invalidate(self, user_ids: Sequence[UserId]) -> None:
         """Drop what is cached about these users; raises CacheAwayError when that cannot be done now."""
@@ -253,49 +327,78 @@ class ReputationService:
             return False
         return True
 
-    async def _read(self, user_ids: Sequence[UserId], *, use_cache: bool) -> Mapping[UserId, Answer]:
-        begin = next(self._events)
-        leases: dict[UserId, str | None] = dict.fromkeys(user_ids)
-        answers: dict[UserId, Answer] = {}
-        reason = LoadReason.REQUEST
-        if use_cache:
-            try:
-                answers = await self._cached(leases)
-                reason = LoadReason.MISS
-            except CacheAwayError:
-                CACHE_READS.labels("away").inc(len(leases))
-                reason = LoadReason.AWAY
-        missing = [user for user in leases if user not in answers]
-        if missing:
-            answers |= await self._load(missing, begin=begin, leases=leases, reason=reason)
-        return answers
+    async def _looked(self, user_id: UserId) -> Look:
+        told: asyncio.Future[Look | None] = asyncio.get_running_loop().create_future()
+        self.look(user_id, lambda look: None if told.done() else told.set_result(look))
+        look = await told
+        if look is None:
+            raise TemporarilyUnavailableError
+        return look
 
-    async def _cached(self, leases: dict[UserId, str | None]) -> dict[UserId, Answer]:
-        """Answer from the cache for those it knows, and note whose lease is out; raises CacheAwayError."""
-        answers = {}
+    def _start_looking(self) -> None:
+        looking, self._looking = self._looking, []
+        looked: list[Look] = []
+
+        async def look() -> None:
+            look = Look(next(self._events), dict.fromkeys(user for user, _ in looking))
+            try:
+                # A lease that nobody may use would hold up everybody else.
+                await self._fetch(look, token=_token() if self._has_room(len(look.leases)) else None)
+            except Exception:  # noqa: BLE001 - whoever looks is told that it came to nothing
+                _log.exception("look_failed")
+            else:
+                looked.append(look)
+
+        def told(_task: "asyncio.Task[None]") -> None:
+            # Also where the task was cancelled before its first step.
+            for _, tell in looking:
+                tell(looked[0] if looked else None)
+
+        self._spawn(look()).add_done_callback(told)
+
+    async def _fetch(self, look: Look, *, token: str | None = None) -> None:
+        """Look into the cache; with a token, load whom nobody knows and nobody is loading."""
+        look.reason = LoadReason.MISS
+        try:
+            self._note(look, await self._cache.fetch([*look.leases], token=token))
+        except CacheAwayError:
+            CACHE_READS.labels("away").inc(len(look.leases))
+            look.reason = LoadReason.AWAY
+            return
+        for user, lease in look.leases.items():
+            if token is not None and lease == token:
+                # At once, and not when whoever asked comes for it, who may have gone: a lease binds everybody.
+                self._take_off((user,), look, token=token, leased={user})
+
+    def _note(self, look: Look, fetched: Sequence[Fetched]) -> None:
+        """Note what the cache knows, and whose lease is out, and refresh what is about to expire."""
+        answers = look.answers
         due = []
-        fetched = await self._cache.fetch([*leases])
         now = self._clock()
-        for user, found in zip(leases, fetched, strict=True):
-            leases[user] = found.lease
-            if found.entry is not None:
-                age = (now - found.entry.computed_at).total_seconds()
-                answers[user] = self._answer(found.entry, Source.HIT, age)
-                if found.lease is None and user not in self._refreshing and self._is_due(found.entry, age):
+        for user, (entry, lease) in zip(look.leases, fetched, strict=True):
+            look.leases[user] = lease
+            if entry is not None:
+                age = (now - entry.computed_at).total_seconds()
+                life = self._life if entry.body is not None else self._unknown_life
+                answers[user] = Answer(entry, Source.HIT, _ttl(life, age))
+                if age >= self._refresh_from and lease is None and self._is_due(user, entry, age):
                     due.append(user)
-        if due and self._database.closed:
+        if due and self._database.closed and self._has_room(1):
             self._refreshing.update(due)
             self._spawn(self._refresh(tuple(due)))
         if answers:
             _HITS.inc(len(answers))
-        if len(answers) < len(leases):
-            _MISSES.inc(len(leases) - len(answers))
-        return answers
+        if len(answers) < len(look.leases):
+            _MISSES.inc(len(look.leases) - len(answers))
 
-    async def _load(
-        self, user_ids: Sequence[UserId], *, begin: int, leases: Mapping[UserId, str | None], reason: LoadReason
-    ) -> dict[UserId, Answer]:
+    def _has_room(self, loads: int) -> bool:
+        """Tell whether so many more loads have their turn soon; without PostgreSQL none waits for one."""
+        waiting = len(self._loads) + loads - self._concurrent_loads
+        return not self._database.closed or waiting * self._pace <= self._load_deadline * _MOST_WAIT
+
+    async def _load(self, user_ids: Sequence[UserId], look: Look) -> dict[UserId, Answer]:
         """Share the loads that may be shared, start one for everybody else, and wait for all of them."""
+        begin, leases, reason = look.begin, look.leases, look.reason
         shared: dict[UserId, _Flight] = {}
         own = []
         for user in user_ids:
@@ -309,14 +412,14 @@ class ReputationService:
                 shared[user] = flight
             else:
                 own.append(user)
+        if own and not self._has_room(1):
+            LOADS_REFUSED.inc(len(own))
+            raise TemporarilyUnavailableError
         if own:
-            flight = self._take_off(
-                tuple(own), reason, begin=begin, foreign={user for user in own if leases[user] is not None}
-            )
+            flight = self._take_off(tuple(own), look, token=_token(), leased=set())
             shared.update(dict.fromkeys(own, flight))
         for flight in set(shared.values()):
-            # Shielded: a caller that goes away takes nobody's load with it.
-            await asyncio.shield(flight.loaded)
+            await flight.landed()
         answers = {}
         now = self._clock()
         for user, flight in shared.items():
@@ -325,19 +428,23 @@ class ReputationService:
                 raise TemporarilyUnavailableError
             entry = loaded.entries[user]
             age = (now - entry.computed_at).total_seconds()
-            answers[user] = self._answer(entry, Source.STALE if loaded.stale else _SOURCES[reason], age)
+            life = self._life if entry.body is not None else self._unknown_life
+            if loaded.stale:
+                # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
+                answers[user] = Answer(entry, Source.STALE, min(-1, int(life - age)))
+            else:
+                answers[user] = Answer(entry, _SOURCES[reason], _ttl(life, age))
         stale = sum(answer.source is Source.STALE for answer in answers.values())
         if stale:
             STALE_SERVED.inc(stale)
         return answers
 
-    def _take_off(
-        self, user_ids: tuple[UserId, ...], reason: LoadReason, *, begin: int, foreign: set[UserId]
-    ) -> _Flight:
+    def _take_off(self, user_ids: tuple[UserId, ...], look: Look, *, token: str, leased: set[UserId]) -> _Flight:
         future: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
         before = {self._flights[user] for user in user_ids if user in self._flights}
-        flight = _Flight(user_ids, reason, secrets.token_hex(8), future, tuple(before), newest=begin)
+        flight = _Flight(user_ids, look.reason, token, future, tuple(before), leased, newest=look.begin)
         self._flights.update(dict.fromkeys(user_ids, flight))
+        foreign = {user for user in user_ids if look.leases[user] is not None}
         task = self._spawn(self._fly(flight, foreign=foreign))
         self._loads[task] = flight
         task.add_done_callback(self._ended)
@@ -345,7 +452,7 @@ class ReputationService:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         # A task that is cancelled before its first step runs nothing, not even its `finally`.
-        self._land(self._loads.pop(task), TemporarilyUnavailableError())
+        self._loads.pop(task).land(TemporarilyUnavailableError())
 
     async def _settle(self) -> None:
         """Let the loads that were answered already store what they loaded."""
@@ -356,23 +463,15 @@ class ReputationService:
     async def _fly(self, flight: _Flight, *, foreign: set[UserId]) -> None:
         """Carry out a load, from the lease to the fill, and hand its outcome to everyone who shares it."""
         try:
-            loaded = await self._outcome(flight, foreign)
-            if not flight.loaded.done():
-                flight.loaded.set_result(loaded)
+            flight.land(await self._outcome(flight, foreign))
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait for this load
-            self._land(flight, error)
+            flight.land(error)
         finally:
             # Only the service's own end cancels a load; whoever still waits for it is told to come back.
-            self._land(flight, TemporarilyUnavailableError())
+            flight.land(TemporarilyUnavailableError())
             for user in flight.users:
                 if self._flights.get(user) is flight:
                     del self._flights[user]
-
-    @staticmethod
-    def _land(flight: _Flight, error: Exception) -> None:
-        if not flight.loaded.done():
-            flight.loaded.set_exception(error)
-            flight.loaded.exception()  # retrieved, even if everyone who waited has gone
 
     async def _outcome(self, flight: _Flight, foreign: set[UserId]) -> _Loaded:
         if flight.reason in _UNCACHED:
@@ -396,16 +495,21 @@ class ReputationService:
             return await self._last_known_good(flight.users)
         loaded = _Loaded(entries)
         if flight.reason is LoadReason.MISS:
-            # Whoever asks before it is filled finds no older value, and shares this load: nobody waits for the fill.
-            flight.loaded.set_result(loaded)
+            # Whoever asks before it is filled finds no older value, and shares this load: nobody waits for the fill,
+            # and whoever waited goes first.
+            flight.land(loaded)
+            await asyncio.sleep(0)
         if flight.leased:
-            try:
-                stored = await self._cache.fill({user: entries[user] for user in flight.leased}, flight.token)
-            except CacheAwayError:
-                stored = [False] * len(flight.leased)
-            CACHE_FILLS.labels("stored").inc(sum(stored))
-            CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
+            await self._fill({user: entries[user] for user in flight.leased}, flight.token)
         return loaded
+
+    async def _fill(self, entries: Mapping[UserId, Entry], token: str) -> None:
+        try:
+            stored = await self._cache.fill(entries, token)
+        except CacheAwayError:
+            stored = [False] * len(entries)
+        CACHE_FILLS.labels("stored").inc(sum(stored))
+        CACHE_FILLS.labels("lost").inc(len(stored) - sum(stored))
 
     async def _turn(self, flight: _Flight) -> None:
         """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
@@ -445,7 +549,7 @@ class ReputationService:
         if not self._database.closed:
             raise TemporarilyUnavailableError
         try:
-            async with asyncio.timeout(self._load_deadline):
+            async with asyncio.timeout(self._load_deadline) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             raise TemporarilyUnavailableError from None
@@ -459,8 +563,9 @@ class ReputationService:
             raise
         finally:
             self._slots.release()
+            self._keep_pace()
         self._database.succeeded()
-        _log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
+        self._log.debug("reputation_computed", users=len(flight.users), reason=flight.reason.value)
         return {
             user: Entry(
                 self._calculator.calculate(counts[user], now=now) if user in counts else None,
@@ -468,6 +573,12 @@ class ReputationService:
             )
             for user in flight.users
         }
+
+    def _keep_pace(self) -> None:
+        now, ended_at = asyncio.get_running_loop().time(), self._ended_at
+        if ended_at is not None:
+            self._pace += (now - ended_at - self._pace) * _PACE_WEIGHT
+        self._ended_at = now if len(self._loads) > self._concurrent_loads else None
 
     async def _last_known_good(self, user_ids: Sequence[UserId]) -> _Loaded:
         try:
@@ -479,7 +590,7 @@ class ReputationService:
 
     async def _refresh(self, user_ids: tuple[UserId, ...]) -> None:
         """Load ahead of expiry those users whose lease is free; a failure leaves the entries as they are."""
-        flight = _Flight(user_ids, LoadReason.REFRESH, secrets.token_hex(8), asyncio.get_running_loop().create_future())
+        flight = _Flight(user_ids, LoadReason.REFRESH, _token(), asyncio.get_running_loop().create_future())
         try:
             with suppress(CacheAwayError):
                 await self._lease(flight, set())
@@ -490,16 +601,18 @@ class ReputationService:
         finally:
             self._refreshing.difference_update(user_ids)
 
-    def _is_due(self, entry: Entry, age: float) -> bool:
+    def _is_due(self, user_id: UserId, entry: Entry, age: float) -> bool:
         """Tell whether an entry of this age, in seconds, should be refreshed ahead of its expiry."""
-        share = age * 1000 / self._lives.value
-        if entry.body is None or share < _REFRESH_AT:
+        if entry.body is None or user_id in self._refreshing:
             return False
-        return share >= _REFRESH_AT + self._random(0.0, _REFRESH_JITTER)
+        return age >= self._refresh_from + self._life * self._random(0.0, _REFRESH_JITTER)
 
-    def _answer(self, entry: Entry, source: Source, age: float) -> Answer:
-        life = (self._lives.unknown if entry.body is None else self._lives.value) / 1000
-        if source is Source.STALE:
-            # Never told as fresh, whatever its age: nobody could be asked whether it still holds.
-            return Answer(entry, source, min(-1, int(life - age)))
-        return Answer(entry, source, max(0, min(int(life - age), int(life))))
+
+def _token() -> str:
+    """Make a lease's token: told apart from every other one, not kept secret."""
+    return f"{getrandbits(64):016x}"
+
+
+def _ttl(life: float, age: float) -> int:
+    """Give the whole seconds that are left of a life. A clock that was set back makes nobody younger than new."""
+    return int(life - age) if 0 <= age <= life else 0 if age > life else int(life)

@@ -86,6 +86,7 @@ class Redis:
         self.refusing = False
         self.listeners: dict[_Client, bytes] = {}
         self.scripts: dict[bytes, Callable[..., Reply]] = {
+            cache._LOOK.encode(): self.look,
             cache._FILL.encode(): self.fill,
             cache._RELEASE.encode(): self.release,
             cache._VOUCH.encode(): self.vouch,
@@ -190,6 +191,14 @@ class Redis:
             del self.keys[key]
             return None
         return found[0]
+
+    def look(self, value: bytes, lease: bytes, token: bytes, life: bytes) -> Reply:
+        """Do what look.lua does."""
+        found = [self.get(value), self.get(lease)]
+        if found == [None, None]:
+            self._set(lease, token, [b"PX", life])
+            found[1] = token
+        return found
 
     def fill(self, value: bytes, lease: bytes, good: bytes, token: bytes, text: bytes, *lives: bytes) -> Reply:
         """Do what fill.lua does."""

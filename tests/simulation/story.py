@@ -652,7 +652,7 @@ def _uniform(low: float, high: float) -> float:
     return low + (high - low) * _here().world.rng.random()
 
 
-def _token_hex(_length: int) -> str:
+def _token() -> str:
     return f"{_here().world.rng.getrandbits(64):016x}"
 
 
@@ -690,7 +690,7 @@ def simulated(bug: str | None = None, *, traced: bool = False) -> Iterator[None]
             patch.object(main, "MemoryTier", _timed(MemoryTier)),
             patch.object(main, "MemoryCache", _timed(MemoryCache)),
             patch.object(main, "Relay", _timed(Relay)),
-            patch.object(service_module, "secrets", SimpleNamespace(token_hex=_token_hex)),
+            patch.object(service_module, "_token", _token),
             BUGS[bug].plant() if bug else nullcontext(),
         ):
             yield
