@@ -3,9 +3,11 @@ PYTHON ?= python3
 PORT ?= 8000
 UV_VERSION := 0.13.9
 BIN := .venv/bin
+UV := $(BIN)/uv
+SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live simulate check lint types imports format bench bench-check alerts clean
+.PHONY: help run test coverage quick live simulate fuzz check lint types imports format bench bench-check audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +41,14 @@ live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s 
 simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, from random seeds (SEEDS=1000)
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000)
 
+# The fuzzer is a big wheel, and there is none for every machine.
+.venv/.fuzz: .venv/.ready
+	@VIRTUAL_ENV= $(BIN)/uv sync --quiet --frozen --inexact --all-extras --group fuzz --python $(BIN)/python
+	@touch $@
+
+fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60; Linux on x86-64)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
+
 check: lint types imports ## everything that reads the code without running it
 
 lint: .venv/.ready
@@ -65,10 +75,21 @@ bench: .venv/.bench ## measure the documented figures, as ratios in one run (Nod
 bench-check: .venv/.bench ## measure the ratios of reads again and fail where they are worse than recorded
 	@$(BIN)/python -m benchmarks --check --name reads --only hot cold batch token
 
+# An audit that nobody can be asked for is told, and is no reason to fail.
+audit: .venv/.ready ## ask for known vulnerabilities of what is locked (needs the network)
+	@told=$$($(UV) audit --frozen --preview-features audit-command 2>&1); code=$$?; echo "$$told"; \
+	if [ $$code -ne 0 ] && echo "$$told" | grep -qiE 'dns error|timed out|client error \(connect\)|network'; then \
+		echo "not audited: the vulnerability database cannot be reached"; exit 0; \
+	fi; exit $$code
+
+sbom: .venv/.ready ## write what a user installs, as CycloneDX (SBOM=dist/sbom.cdx.json)
+	@mkdir -p $(dir $(SBOM))
+	@$(UV) export --quiet --frozen --no-dev --format cyclonedx1.5 --preview-features sbom-export --output-file $(SBOM) >/dev/null
+
 alerts: ## check the Prometheus rules and their tests (needs promtool)
 	@command -v promtool >/dev/null || { echo "promtool is missing; on Debian: apt-get install prometheus"; exit 1; }
 	@promtool check rules deploy/prometheus/alerts.yml
 	@promtool test rules deploy/prometheus/alerts_test.yml
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist
+	rm -rf .venv .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist

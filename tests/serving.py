@@ -162,11 +162,14 @@ def client_of(app: ASGIApp) -> Iterator[httpx2.Client]:
 
 
 @contextmanager
-def command(*words: str, environment: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
-    """Run a program of the environment with these variables; it is gone when the block ends."""
+def command(
+    *words: str, environment: Mapping[str, str], folder: Path | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run a program of the environment with these variables, in a folder; it is gone when the block ends."""
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name(words[0])), *words[1:]],
         env=clean_environment(environment),
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -630,6 +630,8 @@ class TestErrors:
             ("POST", SINGLE.format(NIL), "GET, HEAD"),
             ("DELETE", SINGLE.format(NIL), "GET, HEAD"),
             ("PUT", BATCH, "POST"),
+            ("GET", BATCH, "POST"),
+            ("POST", f"{BATCH[:-5]}stream", "GET, HEAD"),
             ("GET", INVALIDATE_ALL, "POST"),
             ("PATCH", ATTRIBUTION.format(NIL), "POST"),
             ("OPTIONS", "/metrics", "GET, HEAD"),

@@ -7,6 +7,7 @@ import pytest
 
 from goodstanding.data import AtFault, SessionCounts
 from goodstanding.history import QUERIES
+from goodstanding.main import utc_now
 from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 
@@ -312,6 +313,81 @@ async def test_shadow_objects_change_nothing(database: Database) -> None:
         assert me == str(await service.fetchval(verdict, session, AtFault.NOBODY.value, "seen", "support"))
     async with database.owner() as owner:
         assert await owner.fetchval("select count(*) from reputation.attributions") == 1
+
+
+SHADOWS = """
+create temporary table user_profiles (id uuid);
+create temporary table wingman_matches (id uuid, user1_id uuid, user2_id uuid);
+create temporary table wingman_sessions (id uuid, match_id uuid, status text);
+create temporary table changes (user_id uuid);
+create temporary table marks (recount boolean);
+create temporary table tallies (user_id uuid, completed bigint, no_shows bigint);
+create temporary table recounts (user_id uuid);
+create temporary table policy (the_only boolean);
+create temporary table upkeep (the_only boolean);
+create temporary table attributions (session_id uuid, at_fault text);
+create type pg_temp.int4 as enum ('x');
+create type pg_temp.bool as enum ('x');
+create function pg_temp.count(anyelement) returns bigint language plpgsql as $$ begin raise exception 'ran'; end $$;
+create function pg_temp.now() returns timestamptz language plpgsql as $$ begin raise exception 'ran'; end $$;
+create function pg_temp.outcome(text, boolean, boolean, integer, text, text, text, text) returns smallint
+    language plpgsql as $$ begin raise exception 'ran'; end $$;
+set row_security = on;
+set standard_conforming_strings = off;
+"""
+AS_TEXT = "select pg_catalog.to_jsonb(told)::pg_catalog.text as told from reputation.:call as told"
+# In this order, since folding and judging change what the next ones give. As text: the driver has to look nothing up.
+DEFINERS = {
+    "reputation.pending()": "pending()",
+    "reputation.counts(uuid[],text,text,text)": "counts(array[:me], 'any', 'unconfirmed', 'nobody')",
+    "reputation.read_counts(uuid[],text,text,text)": "read_counts(array[:me], 'any', 'unconfirmed', 'nobody')",
+    "reputation.most_active(integer)": "most_active(10)",
+    "reputation.fold(integer)": "fold(1000)",
+    "reputation.recount(integer)": "recount(1000)",
+    "reputation.status(text,text,text)": "status('any', 'unconfirmed', 'nobody')",
+    "reputation.attribute(uuid,text,text,text)": "attribute(:session, 'nobody', 'seen', 'support')",
+}
+
+
+@pytest.mark.parametrize("path", ["evil, pg_temp, public, pg_catalog", "pg_temp, evil, reputation, pg_catalog"])
+async def test_no_function_of_ours_sees_a_shadow(database: Database, path: str) -> None:
+    """Each function that runs as the owner gives the same, whatever its caller has put in front of the real names.
+
+    Operators that raise, tables, types and functions, in a schema of the caller's and in pg_temp.
+    """
+    assert FUNCTIONS == DEFINERS.keys()
+    me, other = await database.add_user(ME), await database.add_user()
+    match = await database.add_match(me, other)
+    session = await database.add_session(match, "no_show", b=True, scheduled_time=utc_now())
+    async with connect(database.superuser_url) as admin:
+        await admin.execute("create schema evil")
+        await admin.execute(EVIL)
+        await admin.execute("grant all on schema evil to public")
+        await admin.execute("grant all on all tables in schema evil to public")
+
+    async def results(*, shadowed: bool) -> dict[str, list[str]]:
+        async with connect(database.service_url) as service:
+            if shadowed:
+                await service.execute(SHADOWS)
+            transaction = service.transaction()
+            # What is folded and judged in the first round is not in the second.
+            await transaction.start()
+            if shadowed:
+                await service.execute("select pg_catalog.set_config('search_path', '" + path + "', true)")
+            given = {}
+            for name, call in DEFINERS.items():
+                for word, value in {":me": me, ":session": session}.items():
+                    call = call.replace(word, f"'{value}'::pg_catalog.uuid")  # noqa: PLW2901 - filled in
+                rows = await service.fetch(AS_TEXT.replace(":call", call))
+                given[name] = [row["told"] for row in rows]
+            await transaction.rollback()
+            return given
+
+    plain = await results(shadowed=False)
+    assert '"no_shows": 1' in plain["reputation.counts(uuid[],text,text,text)"][0]
+    assert '"no_shows": 1' in plain["reputation.read_counts(uuid[],text,text,text)"][0]
+    assert all(plain.values())
+    assert plain == await results(shadowed=True)
 
 
 @pytest.mark.parametrize("text", ["'; drop schema reputation cascade; --", "$$", "\\'", "%I", "x' or '1'='1"])

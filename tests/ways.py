@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from goodstanding import main
 from goodstanding.data import UserId
 from goodstanding.fast_lane import Asked, FastLane, Ready
+from goodstanding.http_bounds import BoundedProtocol
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.main import Application, create_app, utc_now
 from tests.serving import SINGLE, Backend, RawAnswer, raw_exchange, wait_until
@@ -107,8 +108,8 @@ def _serving(app: Application, clock: Clock, *, has_memory: bool) -> Iterator[Th
     listeners = {way: socket.create_server(("127.0.0.1", 0)) for way in _SERVERS}
     configs = {
         "protocol": uvicorn.Config(app, lifespan="on", http=Noted),
-        "lane": uvicorn.Config(app, lifespan="off", http="httptools"),
-        "route": uvicorn.Config(route, lifespan="off", http="httptools"),
+        "lane": uvicorn.Config(app, lifespan="off", http=BoundedProtocol),
+        "route": uvicorn.Config(route, lifespan="off", http=BoundedProtocol),
     }
     servers: dict[str, uvicorn.Server] = {}
     for way, config in configs.items():

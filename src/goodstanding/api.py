@@ -30,6 +30,7 @@ from goodstanding.errors import (
     InvalidInputError,
     PayloadTooLargeError,
     RateLimitedError,
+    RequestTimeoutError,
     TemporarilyUnavailableError,
     UnauthorizedError,
     UnsupportedMediaTypeError,
@@ -38,6 +39,7 @@ from goodstanding.limits import LimitKind, RateLimiter
 from goodstanding.metrics import REQUEST_SECONDS, render
 from goodstanding.reputation_service import Answer, ReputationService, Source
 from goodstanding.responses import (
+    STREAM_EVENT,
     STREAM_EXAMPLE,
     AttributionRequest,
     BatchRequest,
@@ -53,7 +55,7 @@ from goodstanding.subscribers import MOST_WATCHED, Subscribers
 
 _log = structlog.get_logger("goodstanding")
 _BODY_LIMIT: Final = 64 * 1024
-_BODY_SECONDS: Final = 10.0
+_BODY_SECONDS: Final = 8.0
 _BROWSER_SECONDS: Final = 5
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BOOLEANS: Final = {"true": True, "false": False}
@@ -240,6 +242,10 @@ class _Endpoints:
         request.state.source = "stale" if Source.STALE in others else "database" if others else "cache"
         return Response(_batch(asked, answers), media_type="application/json")
 
+    async def not_to_be_read(self, _request: Request) -> Response:
+        """Refuse a method, for a path that another route's pattern fits too."""
+        raise HTTPException(405, headers={"Allow": "POST"})
+
     async def stream(self, request: Request) -> Response:
         """Send each user's reputation now and whenever it changes, until the token expires or the server stops."""
         now = self._runtime()
@@ -353,17 +359,26 @@ def build_router(
         endpoints.read_batch,
         BatchResponse,
         "Up to 100 users' reputations",
-        _problems(400, 401, 403, 413, 415, 422, 429, 503),
+        _problems(400, 401, 403, 408, 413, 415, 422, 429, 503),
         _describe(request_body=BatchRequest),
+    )
+    # Or a GET of it would be a read of the user "batch".
+    router.add_api_route(
+        "/api/user/reputation/batch", endpoints.not_to_be_read, methods=["GET", "HEAD"], include_in_schema=False
     )
     add(
         "GET",
         "/api/user/reputation/stream",
         endpoints.stream,
-        StreamResponse,
+        Response,  # not what it is: a stream has no schema as a whole
         "Users' reputations as they change",
         _problems(400, 401, 403, 422, 429, 503)
-        | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {"example": STREAM_EXAMPLE}}}},
+        | {
+            200: {
+                "description": "Server-sent events.",
+                "content": {"text/event-stream": {"itemSchema": STREAM_EVENT, "example": STREAM_EXAMPLE}},
+            }
+        },
         {"parameters": _STREAM_PARAMETERS},
     )
     add(
@@ -402,7 +417,7 @@ def build_router(
         endpoints.attribute,
         DoneResponse,
         "Record who caused a no-show or a cancellation",
-        _problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
         _describe(path={"session_id": "The session's UUID."}, request_body=AttributionRequest),
     )
     add("GET", "/health/live", endpoints.live, LiveResponse, "Whether the process runs", _problems(), open_to_all=True)
@@ -502,9 +517,10 @@ async def _body(request: Request, model: type[Model]) -> Model:
                 chunks += chunk
                 if len(chunks) > _BODY_LIMIT:
                     raise PayloadTooLargeError
-    except (TimeoutError, ClientDisconnect):
-        message = "The request body did not arrive."
-        raise BadRequestError(message) from None
+    except TimeoutError:
+        raise RequestTimeoutError from None
+    except ClientDisconnect:
+        raise BadRequestError from None
     try:
         return model.model_validate_json(bytes(chunks))
     except ValidationError as error:
@@ -520,6 +536,7 @@ _PROBLEM_CLASSES: Final[tuple[type[GoodstandingError], ...]] = (
     BadRequestError,
     UnauthorizedError,
     ForbiddenError,
+    RequestTimeoutError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
     InvalidInputError,

@@ -66,6 +66,15 @@ class SessionNotFoundError(GoodstandingError):
     default_detail = "No session has this id."
 
 
+class RequestTimeoutError(GoodstandingError):
+    """The request did not arrive whole in time."""
+
+    status = 408
+    code = "request_timeout"
+    title = "Request timeout"
+    default_detail = "The request did not arrive in time."
+
+
 class PayloadTooLargeError(GoodstandingError):
     """The body is longer than this call takes."""
 
@@ -114,6 +123,15 @@ class RateLimitedError(GoodstandingError):
     code = "rate_limited"
     title = "Too many requests"
     default_detail = "Too many requests. Try again later."
+
+
+class HeadersTooLargeError(GoodstandingError):
+    """The request's head (its target and its headers) is longer than is taken."""
+
+    status = 431
+    code = "headers_too_large"
+    title = "Request header fields too large"
+    default_detail = "The request's headers are too large."
 
 
 class TemporarilyUnavailableError(GoodstandingError):

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from goodstanding.fast_lane import LENGTH, LOOK, START, Asked, FastLane, Ready
+from goodstanding.http_bounds import BoundedProtocol
 from goodstanding.reputation_service import Look
 
 _START: Final = START.encode()
@@ -31,7 +32,7 @@ _MOST_EARLY: Final = 64 * 1024
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
-class HotProtocol(HttpToolsProtocol):
+class HotProtocol(BoundedProtocol):
     """One connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the server gives
@@ -102,7 +103,7 @@ class HotProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
             self.data_received(early)
         if self._stopping:
-            super().shutdown()
+            self.shutdown()
 
     def shutdown(self) -> None:
         """Close the connection once what is under way is answered."""
@@ -120,7 +121,8 @@ class HotProtocol(HttpToolsProtocol):
         if self._look is not None:
             self.scope[LOOK] = self._look  # type: ignore[typeddict-unknown-key] # an application's own
         elif (lane := self._lane) is not None and len(self.url) == LENGTH and self.url.startswith(_START):
-            self._answered = self._hit(lane)
+            # A head that may be too large is measured first.
+            self._answered = not self._in_pieces and self._hit(lane)
         if not self._answered:
             super().on_headers_complete()
 
@@ -134,10 +136,10 @@ class HotProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _is_idle(self) -> bool:
-        """Tell whether nothing is under way on this connection, and the client reads."""
+        """Tell whether nothing is under way on this connection, the client reads, and nothing was refused."""
         # The server does not say that there may be none.
         cycle: RequestResponseCycle | None = self.cycle
-        return (cycle is None or cycle.response_complete) and not self.flow.write_paused
+        return (cycle is None or cycle.response_complete) and not self.flow.write_paused and not self._deaf
 
     def _hit(self, lane: FastLane) -> bool:
         began = time.perf_counter()

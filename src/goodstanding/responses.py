@@ -31,6 +31,21 @@ id: 27d1e0c4b86a93f5
 :
 """
 
+STREAM_EVENT: Final = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["reputation", "user_not_found"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "`user_id` and, unless nobody has that id, the five members.",
+        },
+        "id": {"type": "string", "pattern": "^[0-9a-f]{16}$"},
+    },
+    "required": ["event", "data", "id"],
+}
+"""One event as a JSON Schema."""
+
 
 class ReputationResponse(BaseModel):
     """One user's reputation: exactly these five members, in this order."""

@@ -1,0 +1,113 @@
+"""What is installed is what was locked."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.serving import clean_environment, root
+
+_UV: Final = Path(sys.executable).with_name("uv")
+_LOCK: Final[dict[str, Any]] = tomllib.loads((root() / "uv.lock").read_text("utf-8"))
+_OTHERS: Final = [package for package in _LOCK["package"] if package["name"] != "goodstanding"]
+
+
+def _run(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        words, cwd=root(), env=clean_environment({}), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def _make(*words: str) -> "subprocess.CompletedProcess[str]":
+    """Run make in the environment that there is, whatever it thinks of its age."""
+    make = shutil.which("make")
+    assert make is not None
+    return _run(make, "--silent", "--old-file=.venv/.ready", *words)
+
+
+def test_every_file_has_a_hash() -> None:
+    """Each file that could be installed is named with its SHA-256, and comes from PyPI."""
+    assert len(_OTHERS) > 50
+    for package in _OTHERS:
+        assert {"registry": "https://pypi.org/simple"} == package["source"], package["name"]
+        files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
+        assert files, package["name"]
+        for file in files:
+            assert re.fullmatch("sha256:[0-9a-f]{64}", file["hash"]), file["url"]
+
+
+def test_the_lock_is_the_projects() -> None:
+    """The lock names the dependencies that pyproject.toml asks for, group by group."""
+    project = tomllib.loads((root() / "pyproject.toml").read_text("utf-8"))
+    [own] = [package for package in _LOCK["package"] if package["name"] == "goodstanding"]
+    for group, asked in project["dependency-groups"].items():
+        assert {_name(text) for text in asked} == {entry["name"] for entry in own["dev-dependencies"][group]}
+    assert {_name(text) for text in project["project"]["dependencies"]} == {one["name"] for one in own["dependencies"]}
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_another_file_is_not_installed(tmp_path: Path, *, locked: bool) -> None:
+    """A file whose hash is not the locked one is refused."""
+    wheel = tmp_path / "harmless-1.0-py3-none-any.whl"
+    _write_wheel(wheel)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest() if locked else "0" * 64
+    (tmp_path / "requirements.txt").write_text(f"harmless==1.0 --hash=sha256:{digest}\n")
+    done = _run(
+        *(str(_UV), "pip", "install", "--offline", "--no-config", "--require-hashes", "--no-index"),
+        *("--find-links", str(tmp_path), "--target", str(tmp_path / "target"), "--cache-dir", str(tmp_path / "cache")),
+        *("--python", sys.executable, "-r", str(tmp_path / "requirements.txt")),
+    )
+    assert locked is (done.returncode == 0), done.stderr
+    assert locked is (tmp_path / "target" / "harmless.py").exists()
+    assert locked or "hash" in done.stderr.lower()
+
+
+def test_the_sbom_names_every_dependency(tmp_path: Path) -> None:
+    """`make sbom` writes CycloneDX with what a user installs, each with its version, and no tool of ours."""
+    path = tmp_path / "sbom.json"
+    done = _make("sbom", f"SBOM={path}", f"UV={_UV}")
+    assert 0 == done.returncode, done.stderr
+    written = json.loads(path.read_text("utf-8"))
+    assert "CycloneDX" == written["bomFormat"]
+    named = {part["purl"].removeprefix("pkg:pypi/").partition("?")[0] for part in written["components"]}
+    versions = {f"{package['name']}@{package['version']}" for package in _OTHERS}
+    assert named <= versions
+    names = {name.partition("@")[0] for name in named}
+    assert {"asyncpg", "fastapi", "pyjwt", "cryptography", "redis", "uvicorn"} <= names
+    assert not {"pytest", "ruff", "schemathesis", "atheris"} & names
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [("error: dns error", 0), ("error: operation timed out", 0), ("Found 1 known vulnerability", 1)],
+)
+def test_an_audit_fails_for_what_it_finds_and_not_for_what_it_cannot_ask(tmp_path: Path, told: str, code: int) -> None:
+    """Without a network `make audit` says that it could not ask; a vulnerability fails it."""
+    tool = tmp_path / "uv"
+    tool.write_text(f"#!/bin/sh\necho '{told}' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    done = _make("audit", f"UV={tool}")
+    assert code == min(done.returncode, 1), done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+    assert ("not audited" in done.stdout) is (code == 0)
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=; ]", requirement)[0]
+
+
+def _write_wheel(path: Path) -> None:
+    info = "harmless-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("harmless.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: harmless\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
