@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from platform import machine, python_implementation, python_version, system
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -34,10 +34,12 @@ from goodstanding.migrate import upgrade
 
 USERS: Final = 10_000
 HOST: Final = "127.0.0.1"
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Fill: TypeAlias = Callable[[Connection], Awaitable[None]]
 _HERE: Final = Path(__file__).parent
 _HOST_SQL: Final = _HERE.parent / "src" / "goodstanding" / "host.sql"
 _PASSWORD: Final = secrets.token_urlsafe(16)
-_START_SECONDS: Final = 30.0
+_START_SECONDS: Final = 120.0
 _STOP_SECONDS: Final = 15.0
 _VERSIONS: Final = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "pyjwt")
 
@@ -303,31 +305,38 @@ def _started(stack: ExitStack, server: Server) -> None:
     stack.enter_context(server)
 
 
-async def _sample(postgres: Postgres) -> str:
-    """Make the host's tables with sample data and our schema; gives the URL of the service's login."""
+async def filled(postgres: Postgres, name: str, fill: Fill) -> str:
+    """Make a database of the host's tables with what `fill` puts into them, and our schema; gives the service's URL."""
     admin = await asyncpg.connect(postgres.url())
-    for statement in (
-        await admin.fetchval(
-            "select format('create role host_owner login createrole password %L', $1::text)", _PASSWORD
-        ),
-        await admin.fetchval("select format('create role app_login login password %L', $1::text)", _PASSWORD),
-        "create database app owner host_owner",
-    ):
-        await admin.execute(statement)
+    await admin.execute(await admin.fetchval("select format('create database %I owner host_owner', $1::text)", name))
     await admin.close()
-    admin = await asyncpg.connect(postgres.url("app"))
+    admin = await asyncpg.connect(postgres.url(name))
     await admin.execute(_HOST_SQL.read_text("utf-8"))
+    await fill(admin)
+    # After the data: everybody is counted, and no change waits.
+    await upgrade(postgres.url(name, user="host_owner", password=_PASSWORD))
+    await admin.execute("vacuum analyze reputation.tallies")
+    await admin.execute("grant goodstanding_service to app_login")
     await admin.close()
-    owner_url = postgres.url("app", user="host_owner", password=_PASSWORD)
-    owner = await asyncpg.connect(owner_url)
-    # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
-    for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
-        await owner.execute(statement)
-    await upgrade(owner_url)  # after the data: everybody is counted, and no change waits
-    await owner.execute("vacuum analyze reputation.tallies")
-    await owner.execute("grant goodstanding_service to app_login")
-    await owner.close()
-    return postgres.url("app", user="app_login", password=_PASSWORD)
+    return postgres.url(name, user="app_login", password=_PASSWORD)
+
+
+async def _sample(postgres: Postgres) -> str:
+    """Make the two logins, and the database that most figures are about."""
+    admin = await asyncpg.connect(postgres.url())
+    for login in (
+        "select format('create role host_owner login createrole password %L', $1::text)",
+        "select format('create role app_login login password %L', $1::text)",
+    ):
+        await admin.execute(await admin.fetchval(login, _PASSWORD))
+    await admin.close()
+
+    async def fill(connection: Connection) -> None:
+        # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
+        for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
+            await connection.execute(statement)
+
+    return await filled(postgres, "app", fill)
 
 
 def _inherited() -> dict[str, str]:

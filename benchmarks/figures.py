@@ -48,7 +48,7 @@ class Figure:
 
 
 @dataclass(slots=True)
-class _Round:
+class Round:
     """What one server did in one round."""
 
     requests: int = 0
@@ -59,7 +59,8 @@ class _Round:
     latencies: list[float] = field(default_factory=list)
 
     def add(self, result: Result, cpu: float) -> None:
-        _only(result, "200")
+        """Add a slice of it; raises RuntimeError where an answer was no 200."""
+        only(result, "200")
         self.requests += len(result.latencies)
         self.hits += result.sources.get("hit", 0)
         self.seconds += result.seconds
@@ -123,10 +124,10 @@ def hot_read(env: Environment, effort: Effort) -> list[Figure]:
                 servers[name] = stack.enter_context(serving)
             except MissingError as error:
                 missing.append(f"{name}: no {error} here")
-        requests = _hot_requests(env)
+        requests = hot_requests(env)
         for server in servers.values():
             env.load(Load("closed", [server.port], requests, CONNECTIONS, seconds=1.0))
-        measured = _in_turns(env, effort, servers, requests)
+        measured = in_turns(env, effort, servers, requests)
     for name in (OURS, ASGI_ONLY, REDIS_ONLY):
         if any(one.hits < one.requests for one in measured[name]):
             message = f"a hot read of {name} that was no hit"
@@ -151,19 +152,20 @@ def hot_read(env: Environment, effort: Effort) -> list[Figure]:
     return figures
 
 
-def _hot_requests(env: Environment) -> list[str]:
+def hot_requests(env: Environment) -> list[str]:
+    """Give reads of the hot users by as many callers as there are connections."""
     hot = [user_id(number) for number in range(HOT_USERS)]
     tokens = [env.token(user) for user in hot[:CONNECTIONS]]
-    return [_get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
+    return [get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
 
 
-def _in_turns(
+def in_turns(
     env: Environment, effort: Effort, servers: Mapping[str, Serving], requests: Sequence[str]
-) -> dict[str, list[_Round]]:
+) -> dict[str, list[Round]]:
     """Load one server after the other in slices, so that whatever else the machine does meets all of them."""
-    measured: dict[str, list[_Round]] = {name: [] for name in servers}
+    measured: dict[str, list[Round]] = {name: [] for name in servers}
     for _ in range(effort.rounds):
-        rounds = {name: _Round() for name in servers}
+        rounds = {name: Round() for name in servers}
         for _ in range(_SLICES):
             for name, server in servers.items():
                 cpu = server.cpu_seconds()
@@ -183,10 +185,10 @@ def cold_read(env: Environment, effort: Effort) -> list[Figure]:
     with env.goodstanding() as server:
         token = env.token(user_id(0))
         for number in range(-1, effort.rounds):
-            _flush(env)
-            requests = [_get(user_id(each), token) for each in range(effort.reads)]
+            flush(env)
+            requests = [get(user_id(each), token) for each in range(effort.reads)]
             result = env.load(Load("closed", [server.port], requests, 1, seconds=60, once=True))
-            _only(result, "200")
+            only(result, "200")
             if number >= 0:
                 if result.sources != {"fwd=miss": effort.reads}:
                     message = f"a cold read that is no miss: {result.sources}"
@@ -217,7 +219,7 @@ def hung_redis(env: Environment, effort: Effort) -> list[Figure]:
     recovery: list[float] = []
     with env.goodstanding() as server:
         token = env.token(user_id(0))
-        requests = [_get(user_id(number), token) for number in range(HOT_USERS)]
+        requests = [get(user_id(number), token) for number in range(HOT_USERS)]
         seconds = 6.0
         for _ in range(effort.rounds):
             with env.loading(Load("open", [server.port], requests, CONNECTIONS, seconds=seconds, rate=rate)) as process:
@@ -234,7 +236,7 @@ def hung_redis(env: Environment, effort: Effort) -> list[Figure]:
                 _until_ready(server, '"degraded":[]')
                 recovered = time.monotonic()
                 result = finish(process)
-            _only(result, "200")
+            only(result, "200")
             asked = list(zip(result.due, result.latencies, strict=True))
             worst.append(max(latency for due, latency in asked if hung - 0.3 <= due))
             early = [latency for due, latency in asked if hung <= due < opened]
@@ -267,14 +269,14 @@ def one_load(env: Environment, effort: Effort) -> list[Figure]:
         fleet = [stack.enter_context(env.goodstanding(pinned=False)) for _ in range(4)]
         token = env.token(user_id(0))
         ports = [server.port for server in fleet]
-        env.load(Load("burst", ports, [_get(user_id(number), token) for number in range(400)], 400))
+        env.load(Load("burst", ports, [get(user_id(number), token) for number in range(400)], 400))
         loads = []
         slowest = []
         for number in range(effort.keys):
-            _flush(env)
+            flush(env)
             before = sum(_loads(server) for server in fleet)
-            result = env.load(Load("burst", ports, [_get(user_id(USERS - 1 - number), token)], 400))
-            _only(result, "200")
+            result = env.load(Load("burst", ports, [get(user_id(USERS - 1 - number), token)], 400))
+            only(result, "200")
             loads.append(sum(_loads(server) for server in fleet) - before)
             slowest.append(max(result.latencies))
     raw = {"loads_per_key": dict(sorted(Counter(loads).items())), "slowest_answer_milliseconds": slowest}
@@ -295,14 +297,14 @@ def batch(env: Environment, effort: Effort) -> list[Figure]:
     """Compare users per second of full batches with those of single reads, all cached."""
     hot = [user_id(number) for number in range(HOT_USERS)]
     token = env.token(hot[0])
-    singles = [_get(user, token) for user in hot]
+    singles = [get(user, token) for user in hot]
     batches = [_post("/api/user/reputation/batch", json.dumps({"user_ids": hot}), token)]
     users: dict[str, list[float]] = {"single": [], "batch": []}
     with env.goodstanding() as server:
         for number in range(-1, effort.rounds):
             for name, requests, each in (("single", singles, 1), ("batch", batches, HOT_USERS)):
                 result = env.load(Load("closed", [server.port], requests, 8, seconds=effort.seconds / 2))
-                _only(result, "200")
+                only(result, "200")
                 if number >= 0:
                     users[name].append(result.rate * each)
     ratio = _ratios(users["batch"], users["single"])
@@ -340,7 +342,8 @@ MEASUREMENTS: Final[dict[str, Measurement]] = {
 }
 
 
-def _get(user: str, token: str) -> str:
+def get(user: str, token: str) -> str:
+    """Write a request for a user's reputation."""
     return (
         f"GET /api/user/reputation/{user} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
         "Accept: application/json\r\n\r\n"
@@ -362,13 +365,15 @@ def _p99(latencies: Sequence[float]) -> float:
     return statistics.quantiles(latencies, n=100)[98]
 
 
-def _only(result: Result, status: str) -> None:
+def only(result: Result, status: str) -> None:
+    """Raise RuntimeError where an answer has another status."""
     if set(result.statuses) != {status}:
         message = f"answers other than {status}: {result.statuses}"
         raise RuntimeError(message)
 
 
-def _flush(env: Environment) -> None:
+def flush(env: Environment) -> None:
+    """Empty the cache."""
     with redis.Redis.from_url(env.settings["GOODSTANDING_REDIS_URL"]) as client:
         client.flushall()
 

@@ -21,7 +21,7 @@ from typing import Final, Literal, cast
 import uvloop
 
 _HOST: Final = "127.0.0.1"
-_GRACE_SECONDS: Final = 10.0
+_GRACE_SECONDS: Final = 60.0
 _MOST_REQUESTS: Final = 2_000_000
 
 
