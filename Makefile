@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live simulate check lint types imports format bench bench-check alerts clean
+.PHONY: help run test coverage quick live simulate check lint types imports format bench bench-check growth alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -64,6 +64,9 @@ bench: .venv/.bench ## measure the documented figures, as ratios in one run (Nod
 
 bench-check: .venv/.bench ## measure the ratios of reads again and fail where they are worse than recorded
 	@$(BIN)/python -m benchmarks --check --name reads --only hot cold batch token
+
+growth: .venv/.bench ## measure how costs grow with sessions, users and processes, and draw it (a quarter of an hour)
+	@$(BIN)/python -m benchmarks.growth
 
 alerts: ## check the Prometheus rules and their tests (needs promtool)
 	@command -v promtool >/dev/null || { echo "promtool is missing; on Debian: apt-get install prometheus"; exit 1; }
