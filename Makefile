@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live simulate fuzz check lint types imports format bench bench-check audit sbom alerts clean
+.PHONY: help run test coverage quick live simulate fuzz check lint types imports format bench bench-check growth audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -85,6 +85,9 @@ audit: .venv/.ready ## ask for known vulnerabilities of what is locked (needs th
 sbom: .venv/.ready ## write what a user installs, as CycloneDX (SBOM=dist/sbom.cdx.json)
 	@mkdir -p $(dir $(SBOM))
 	@$(UV) export --quiet --frozen --no-dev --format cyclonedx1.5 --preview-features sbom-export --output-file $(SBOM) >/dev/null
+
+growth: .venv/.bench ## measure how costs grow with sessions, users and processes, and draw it (a quarter of an hour)
+	@$(BIN)/python -m benchmarks.growth
 
 alerts: ## check the Prometheus rules and their tests (needs promtool)
 	@command -v promtool >/dev/null || { echo "promtool is missing; on Debian: apt-get install prometheus"; exit 1; }

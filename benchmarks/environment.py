@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from platform import machine, python_implementation, python_version, system
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -36,6 +36,8 @@ from goodstanding.migrate import upgrade
 USERS: Final = 10_000
 CROWD: Final = 100_000
 HOST: Final = "127.0.0.1"
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Fill: TypeAlias = Callable[[Connection], Awaitable[None]]
 _HERE: Final = Path(__file__).parent
 _HOST_SQL: Final = _HERE.parent / "src" / "goodstanding" / "host.sql"
 _PASSWORD: Final = secrets.token_urlsafe(16)
@@ -43,7 +45,7 @@ _LOGINS: Final = (
     "create role host_owner login createrole password %L",
     "create role app_login login password %L",
 )
-_START_SECONDS: Final = 30.0
+_START_SECONDS: Final = 120.0
 _STOP_SECONDS: Final = 15.0
 _VERSIONS: Final = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "pyjwt")
 
@@ -342,35 +344,41 @@ def _started(stack: ExitStack, server: Server) -> None:
     stack.enter_context(server)
 
 
-async def _sample(postgres: Postgres, sample: Sample) -> str:
-    """Make the host's tables with sample data and our schema, once; gives the URL of the service's login."""
-    url = postgres.url(sample.name, user="app_login", password=_PASSWORD)
+async def filled(postgres: Postgres, name: str, fill: Fill) -> str:
+    """Make a database of the host's tables with what `fill` puts into them, and our schema; gives the service's URL."""
     admin = await asyncpg.connect(postgres.url())
-    if await admin.fetchval("select true from pg_database where datname = $1", sample.name):
-        await admin.close()
-        return url
+    await admin.execute(await admin.fetchval("select format('create database %I owner host_owner', $1::text)", name))
+    await admin.close()
+    admin = await asyncpg.connect(postgres.url(name))
+    await admin.execute(_HOST_SQL.read_text("utf-8"))
+    await fill(admin)
+    # After the data: everybody is counted, and no change waits.
+    await upgrade(postgres.url(name, user="host_owner", password=_PASSWORD))
+    await admin.execute("vacuum analyze reputation.tallies")
+    await admin.execute("grant goodstanding_service to app_login")
+    await admin.close()
+    return postgres.url(name, user="app_login", password=_PASSWORD)
+
+
+async def _sample(postgres: Postgres, sample: Sample) -> str:
+    """Make a database of sample data, once, and the two logins; gives the URL of the service's."""
+    admin = await asyncpg.connect(postgres.url())
+    known = await admin.fetchval("select true from pg_database where datname = $1", sample.name)
     if not await admin.fetchval("select true from pg_roles where rolname = 'host_owner'"):
         for login in _LOGINS:
             await admin.execute(await admin.fetchval("select format($1, $2::text)", login, _PASSWORD))
-    await admin.execute(
-        await admin.fetchval("select format('create database %I owner host_owner', $1::text)", sample.name)
-    )
     await admin.close()
-    admin = await asyncpg.connect(postgres.url(sample.name))
-    await admin.execute(_HOST_SQL.read_text("utf-8"))
-    await admin.close()
-    owner_url = postgres.url(sample.name, user="host_owner", password=_PASSWORD)
-    owner = await asyncpg.connect(
-        owner_url, server_settings={"sample.users": str(sample.users), "sample.matches": str(sample.matches)}
-    )
-    # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
-    for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
-        await owner.execute(statement)
-    await upgrade(owner_url)  # after the data: everybody is counted, and no change waits
-    await owner.execute("vacuum analyze reputation.tallies")
-    await owner.execute("grant goodstanding_service to app_login")
-    await owner.close()
-    return url
+
+    async def fill(connection: Connection) -> None:
+        for name, number in (("sample.users", sample.users), ("sample.matches", sample.matches)):
+            await connection.execute("select set_config($1, $2, false)", name, str(number))
+        # One at a time: VACUUM runs in no transaction, and several statements in one text are one.
+        for statement in (_HERE / "sample.sql").read_text("utf-8").split(";\n\n"):
+            await connection.execute(statement)
+
+    if known:
+        return postgres.url(sample.name, user="app_login", password=_PASSWORD)
+    return await filled(postgres, sample.name, fill)
 
 
 def _inherited() -> dict[str, str]:

@@ -48,7 +48,7 @@ class Figure:
 
 
 @dataclass(slots=True)
-class _Round:
+class Round:
     """What one server did in one round."""
 
     requests: int = 0
@@ -59,6 +59,7 @@ class _Round:
     latencies: list[float] = field(default_factory=list)
 
     def add(self, result: Result, cpu: float) -> None:
+        """Add a slice of it; raises RuntimeError where an answer was no 200."""
         only(result, "200")
         self.requests += len(result.latencies)
         self.hits += result.sources.get("hit", 0)
@@ -126,7 +127,7 @@ def hot_read(env: Environment, effort: Effort) -> list[Figure]:
         requests = hot_requests(env)
         for server in servers.values():
             env.load(Load("closed", [server.port], requests, CONNECTIONS, seconds=1.0))
-        measured = _in_turns(env, effort, servers, requests)
+        measured = in_turns(env, effort, servers, requests)
     for name in (OURS, ASGI_ONLY, REDIS_ONLY):
         if any(one.hits < one.requests for one in measured[name]):
             message = f"a hot read of {name} that was no hit"
@@ -158,13 +159,13 @@ def hot_requests(env: Environment) -> list[str]:
     return [get(user, token) for user, token in islice(zip(cycle(hot), cycle(tokens)), HOT_USERS * CONNECTIONS)]
 
 
-def _in_turns(
+def in_turns(
     env: Environment, effort: Effort, servers: Mapping[str, Serving], requests: Sequence[str]
-) -> dict[str, list[_Round]]:
+) -> dict[str, list[Round]]:
     """Load one server after the other in slices, so that whatever else the machine does meets all of them."""
-    measured: dict[str, list[_Round]] = {name: [] for name in servers}
+    measured: dict[str, list[Round]] = {name: [] for name in servers}
     for _ in range(effort.rounds):
-        rounds = {name: _Round() for name in servers}
+        rounds = {name: Round() for name in servers}
         for _ in range(_SLICES):
             for name, server in servers.items():
                 cpu = server.cpu_seconds()

@@ -62,7 +62,7 @@ async def cold(settings: Settings, rounds: int, reads: int) -> dict[str, list[fl
                     began = time.perf_counter()
                     await call(user)
                     taken[name].append((time.perf_counter() - began) * 1000)
-                    await _settle()
+                    await settle()
             if number >= 0:
                 for name, values in taken.items():
                     medians[name].append(statistics.median(values))
@@ -70,7 +70,7 @@ async def cold(settings: Settings, rounds: int, reads: int) -> dict[str, list[fl
     return medians
 
 
-async def _settle() -> None:
+async def settle() -> None:
     """Let a read end what it leaves running (its fill), which is not the next one's; turning, so that nothing cools."""
     until = time.perf_counter() + _SETTLE_SECONDS
     while time.perf_counter() < until:  # noqa: ASYNC110 - it is the turning that is wanted
