@@ -1,0 +1,163 @@
+"""The servers that are broken, and the two processes that must not mind."""
+
+import asyncio
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import redis.asyncio
+
+from goodstanding.embedded import Postgres, Valkey
+from tests.cable import Cable
+from tests.conftest import Database, fresh_database, make_bare_template, make_template
+from tests.faults.load import Load
+from tests.faults.oracle import MOST, populate
+from tests.live import Line, Served
+from tests.parts import SECONDS, admin, eventually
+from tests.serving import SECRET
+
+PROCESSES: Final = 2
+_SAMPLE: Final = re.compile(r"^(goodstanding_\w+(?:\{[^}]*\})?) ([0-9.e+-]+|\+Inf)$", re.MULTILINE)
+
+
+@dataclass(slots=True)
+class Scene:
+    """Two served processes, PostgreSQL and Redis, each behind a cable, under load.
+
+    One process has no memory tier, so that its hits are Redis's. Cached values live for 6 s, so that the cold are
+    read from PostgreSQL again and again.
+    """
+
+    database: Database
+    postgres: Postgres
+    valkey: Valkey
+    to_postgres: Cable
+    to_redis: Cable
+    served: Sequence[Served]
+    load: Load
+    rng: random.Random
+    _thread: ThreadPoolExecutor
+
+    async def do(self, work: Callable[[], object]) -> None:
+        """Do something to a server, in the thread in which servers are started: they end with it."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    @asynccontextmanager
+    async def redis(self) -> AsyncIterator["redis.asyncio.Redis"]:
+        """Lend an administrator's connection to Redis, not by the cable."""
+        async with admin(self.valkey.url()) as client:
+            yield client
+
+    async def ready(self, within: float = SECONDS) -> float:
+        """Wait until every process says that nothing is away; gives the seconds that it took."""
+
+        async def are() -> bool:
+            for one in self.served:
+                try:
+                    if not await one.hears():
+                        return False
+                except OSError:
+                    return False
+            return True
+
+        return await eventually(are, within=within)
+
+    async def metrics(self) -> Sequence[dict[str, float]]:
+        """Read the metrics of each process; none of one that does not answer."""
+        return [await _metrics(one) for one in self.served]
+
+    def said(self, since: Sequence[int]) -> Sequence[Counter[str]]:
+        """Count what each process has logged since its log was that long, by `level event dependency`."""
+        counts = []
+        for one, start in zip(self.served, since, strict=True):
+            lines = one.log.read_bytes()[start:].decode().splitlines()
+            counts.append(Counter(_entry(line) for line in lines))
+        return counts
+
+    def logged(self) -> Sequence[int]:
+        """Tell how long each log is."""
+        return [one.log.stat().st_size for one in self.served]
+
+
+async def _metrics(served: Served) -> dict[str, float]:
+    try:
+        async with asyncio.timeout(1.0), Line.to(served.port) as line:
+            _, _, text = await line.get("/metrics")
+    except (OSError, TimeoutError):
+        return {}
+    return {name: float(value) for name, value in _SAMPLE.findall(text.decode())}
+
+
+def _entry(line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return f"unstructured {line[:100]}"
+    return " ".join(str(entry[key]) for key in ("level", "event", "dependency") if key in entry)
+
+
+@asynccontextmanager
+async def scene(
+    folder: Path,
+    *,
+    seed: int,
+    people: int = MOST,
+    rate: float = 250.0,
+    program: Sequence[str] = (),
+) -> AsyncIterator[Scene]:
+    """Start everything and the load; `program` serves instead of `goodstanding`."""
+    rng = random.Random(seed)  # noqa: S311 - repeatable
+    async with AsyncExitStack() as stack:
+        thread = stack.enter_context(ThreadPoolExecutor(1))
+
+        async def do(work: Callable[[], object]) -> None:
+            await asyncio.get_running_loop().run_in_executor(thread, work)
+
+        valkey = Valkey(folder / "valkey", options=("--enable-debug-command", "yes"))
+        postgres = Postgres(folder / "postgres", durable=False, settings={"max_connections": "60"})
+        for server in (valkey, postgres):
+            stack.push_async_callback(do, server.stop)
+            await do(server.start)
+        await make_bare_template(postgres)
+        await make_template(postgres, "bare_template")
+        database = await stack.enter_async_context(fresh_database(postgres, "template"))
+        oracle = await populate(database, people, rng)
+        cables = [await Cable.to(url) for url in (database.service_url, valkey.url())]
+        for cable in cables:
+            stack.callback(cable.end)
+        served = [
+            Served(
+                environment(*(cable.url for cable in cables)) | {"GOODSTANDING_MEMORY_SECONDS": memory},
+                log=folder / f"log{number}",
+            )
+            for number, memory in zip(range(PROCESSES), ("10", "0"), strict=True)
+        ]
+        for one in served:
+            one.program = program or one.program
+            stack.callback(one.end)
+        await asyncio.gather(*(one.start() for one in served))
+        load = Load(oracle, served, rng, rate=rate)
+        made = Scene(database, postgres, valkey, cables[0], cables[1], served, load, rng, thread)
+        async with load.running(lambda: made.database.owner_url):
+            await made.ready()
+            yield made
+
+
+def environment(database_url: str, redis_url: str) -> dict[str, str]:
+    """Give the settings of a served process."""
+    return {
+        "GOODSTANDING_DATABASE_URL": database_url,
+        "GOODSTANDING_REDIS_URL": redis_url,
+        "GOODSTANDING_JWT_SECRET": SECRET,
+        "GOODSTANDING_METRICS_PUBLIC": "true",
+        "GOODSTANDING_READ_LIMIT_PER_MINUTE": "1000000",
+        "GOODSTANDING_CACHE_TTL_SECONDS": "6",
+        "GOODSTANDING_LOG_FORMAT": "json",
+    }
