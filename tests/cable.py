@@ -143,8 +143,8 @@ class _Far:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pipe(reader, far, delayed=False))
                 group.create_task(self._pipe(far_reader, writer, delayed=True))
-        except* OSError:
-            pass
+        except* (OSError, RuntimeError):
+            pass  # RuntimeError is how uvloop tells of a transport that is closed
         finally:
             for one in (writer, far):
                 if one is not None:

@@ -77,6 +77,11 @@ async def _until_agreed(servers: Sequence[Valkey]) -> None:
     await eventually(lambda: agreed(servers))
 
 
+def password() -> str:
+    """Give the password that all servers here share."""
+    return _SECRET
+
+
 def cluster_url(nodes: Sequence[Valkey]) -> str:
     """Give the Cluster's URL: its address is any one node's."""
     return nodes[0].url().replace("redis://", "redis+cluster://").removesuffix("/0")

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -73,8 +72,6 @@ class Load:
     seen: list[Seen] = field(default_factory=list)
     lag: float = 0.0
     """How late this process's own loop was at most, in seconds: its measurements are no better."""
-    starved: float = 0.0
-    """How long a served process was ready to run and got no processor, at most within 20 ms of this process's time."""
     _spawn: Spawn | None = None
     _idle: list[deque[tuple[AsyncExitStack, Line]]] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
@@ -103,7 +100,7 @@ class Load:
             self._spawn = spawn
             writing = spawn(self._write(database_url))
             spawn(self._ask())
-            spawn(self._watch_the_machine())
+            spawn(self._measure_lag())
             yield
             # Not cancelled: what becomes of a commit that nobody waits for is not known.
             self.writing = False
@@ -112,18 +109,11 @@ class Load:
             while idle:
                 await self._close(process, idle.pop()[0])
 
-    async def _watch_the_machine(self) -> None:
-        waited: dict[int, float] = {}
+    async def _measure_lag(self) -> None:
         while True:
-            due = self.now + 0.02
-            await asyncio.sleep(0.02)
+            due = self.now + 0.01
+            await asyncio.sleep(0.01)
             self.lag = max(self.lag, self.now - due)
-            for one in self.served:
-                if one.process is not None:
-                    pid = one.process.pid
-                    now = _waited(pid)
-                    self.starved = max(self.starved, now - waited.get(pid, now))
-                    waited[pid] = now
 
     # Who writes.
 
@@ -273,14 +263,6 @@ class Load:
             for person, answer in zip(people, answers, strict=True)
         ]
         return max(findings, key=lambda finding: (finding.wrong, finding.behind))
-
-
-def _waited(pid: int) -> float:
-    """Tell for how many seconds a process has waited for a processor since it began; Linux alone knows."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[1]) / 1e9
-    except OSError:
-        return 0.0
 
 
 def _source(head: bytes) -> str:

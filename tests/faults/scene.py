@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from tests.faults.oracle import MOST, populate
 from tests.live import Line, Served
 from tests.parts import SECONDS, admin, eventually
 from tests.serving import SECRET
+from tests.topologies import cluster_url, running_cluster, watched_pair
 
 PROCESSES: Final = 2
 _SAMPLE: Final = re.compile(r"^(goodstanding_\w+(?:\{[^}]*\})?) ([0-9.e+-]+|\+Inf)$", re.MULTILINE)
@@ -37,13 +38,19 @@ class Scene:
 
     database: Database
     postgres: Postgres
-    valkey: Valkey
-    to_postgres: Cable
-    to_redis: Cable
+    redis_servers: Sequence[Valkey]
+    cables: Mapping[str, Cable]
+    """By `postgres` and, where there is one Redis, `redis`."""
     served: Sequence[Served]
     load: Load
     rng: random.Random
     _thread: ThreadPoolExecutor
+
+    @property
+    def valkey(self) -> Valkey:
+        """The one Redis."""
+        (server,) = self.redis_servers
+        return server
 
     async def do(self, work: Callable[[], object]) -> None:
         """Do something to a server, in the thread in which servers are started: they end with it."""
@@ -103,16 +110,20 @@ def _entry(line: str) -> str:
     return " ".join(str(entry[key]) for key in ("level", "event", "dependency") if key in entry)
 
 
+Do = Callable[[Callable[[], object]], Awaitable[None]]
+
+
 @asynccontextmanager
 async def scene(
     folder: Path,
     *,
     seed: int,
+    stage: str = "plain",
     people: int = MOST,
     rate: float = 250.0,
     program: Sequence[str] = (),
 ) -> AsyncIterator[Scene]:
-    """Start everything and the load; `program` serves instead of `goodstanding`."""
+    """Start everything and the load. `stage` is one of STAGES; `program` serves instead of `goodstanding`."""
     rng = random.Random(seed)  # noqa: S311 - repeatable
     async with AsyncExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -120,21 +131,23 @@ async def scene(
         async def do(work: Callable[[], object]) -> None:
             await asyncio.get_running_loop().run_in_executor(thread, work)
 
-        valkey = Valkey(folder / "valkey", options=("--enable-debug-command", "yes"))
+        redis_servers, redis_url = await stack.enter_async_context(STAGES[stage](folder, do))
         postgres = Postgres(folder / "postgres", durable=False, settings={"max_connections": "60"})
-        for server in (valkey, postgres):
-            stack.push_async_callback(do, server.stop)
-            await do(server.start)
+        stack.push_async_callback(do, postgres.stop)
+        await do(postgres.start)
         await make_bare_template(postgres)
         await make_template(postgres, "bare_template")
         database = await stack.enter_async_context(fresh_database(postgres, "template"))
         oracle = await populate(database, people, rng)
-        cables = [await Cable.to(url) for url in (database.service_url, valkey.url())]
-        for cable in cables:
-            stack.callback(cable.end)
+        cables = {"postgres": await Cable.to(database.service_url)}
+        stack.callback(cables["postgres"].end)
+        if len(redis_servers) == 1:
+            cables["redis"] = await Cable.to(redis_url)
+            stack.callback(cables["redis"].end)
+            redis_url = cables["redis"].url
         served = [
             Served(
-                environment(*(cable.url for cable in cables)) | {"GOODSTANDING_MEMORY_SECONDS": memory},
+                environment(cables["postgres"].url, redis_url) | {"GOODSTANDING_MEMORY_SECONDS": memory},
                 log=folder / f"log{number}",
             )
             for number, memory in zip(range(PROCESSES), ("10", "0"), strict=True)
@@ -144,10 +157,41 @@ async def scene(
             stack.callback(one.end)
         await asyncio.gather(*(one.start() for one in served))
         load = Load(oracle, served, rng, rate=rate)
-        made = Scene(database, postgres, valkey, cables[0], cables[1], served, load, rng, thread)
+        made = Scene(database, postgres, redis_servers, cables, served, load, rng, thread)
         async with load.running(lambda: made.database.owner_url):
             await made.ready()
             yield made
+
+
+@asynccontextmanager
+async def _plain(folder: Path, do: Do) -> AsyncIterator[tuple[Sequence[Valkey], str]]:
+    options = ("--enable-debug-command", "yes", "--enable-protected-configs", "yes")
+    valkey = Valkey(folder / "valkey", options=options)
+    await do(valkey.start)
+    try:
+        yield [valkey], valkey.url()
+    finally:
+        await do(valkey.stop)
+
+
+@asynccontextmanager
+async def _sentinel(folder: Path, _do: Do) -> AsyncIterator[tuple[Sequence[Valkey], str]]:
+    async with watched_pair(folder) as (master, replica, url):
+        yield [master, replica], url
+
+
+@asynccontextmanager
+async def _cluster(folder: Path, do: Do) -> AsyncIterator[tuple[Sequence[Valkey], str]]:
+    running = running_cluster(folder)
+    nodes: list[Valkey] = []
+    await do(lambda: nodes.extend(running.__enter__()))
+    try:
+        yield nodes, cluster_url(nodes)
+    finally:
+        await do(lambda: running.__exit__(None, None, None))
+
+
+STAGES: Final = {"plain": _plain, "sentinel": _sentinel, "cluster": _cluster}
 
 
 def environment(database_url: str, redis_url: str) -> dict[str, str]:
