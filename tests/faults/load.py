@@ -51,6 +51,11 @@ class Seen:
     finding: Finding
 
     @property
+    def old(self) -> bool:
+        """Whether it may be from before an outage, and says so: a batch by its timestamps."""
+        return self.source in {"stale", "old batch"}
+
+    @property
     def whole(self) -> bool:
         """Whether it was answered as it is on any ordinary day."""
         return self.status in {200, 404} and self.source not in {"bypass", "stale"}
@@ -185,6 +190,8 @@ class Load:
                     break
         seconds = self.now - asked
         source = _source(head) if status == 200 and kind in {"single", "past the cache"} else ""
+        if kind == "batch" and self.stale_allowed:
+            source = "old batch"
         finding = self._judge(kind, people, status, source, body, asked)
         self.seen.append(Seen(asked, seconds, process, kind, status, source, retried, finding))
 
@@ -252,8 +259,7 @@ class Load:
             return Finding()
         if status == 404 or kind == "unknown":
             return Finding("" if status == 404 and kind == "unknown" else f"{status} {body!r}")
-        old = self.stale_allowed and (kind == "batch" or source == "stale")
-        bound = None if old else self.bound
+        bound = None if source in {"stale", "old batch"} else self.bound
         told = json.loads(body)
         if kind == "batch" and list(told["reputations"]) != [person.user for person in people]:
             return Finding(f"a batch of others: {body!r}")

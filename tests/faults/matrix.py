@@ -123,14 +123,14 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     row.answers = len(seen)
     row.retried = sum(one.retried for one in seen)
     for one in seen:
-        row.outcomes[str(one.status) if one.status != 200 else one.source or one.kind] += 1
+        row.outcomes[str(one.status) if one.status != 200 else one.source.removeprefix("old ") or one.kind] += 1
         what = f"{one.asked - mended:+.3f} s: process {one.process}: {one.kind}: {one.status} {one.source}"
         wrong = one.finding.wrong or _misplaced(row.fault, one)
         if wrong:
             # Deadlines too are missed on a busy machine.
             blamed = row.late if one.status == 503 or one.source in {"stale", "bypass"} else row.wrong
             blamed.append(f"{what}: {wrong}")
-        if one.source != "stale":
+        if not one.old:
             row.stalest = max(row.stalest, one.finding.behind)
         if one.process == row.fault.alone:
             continue
@@ -151,7 +151,7 @@ def _misplaced(fault: Fault, one: Seen) -> str:
         return "" if fault.silent and one.process == fault.alone else "no answer"
     if one.status not in {200, 404} | fault.statuses:
         return "not allowed"
-    if one.status == 200 and one.source not in {"", "hit", "miss", "request"} | fault.sources:
+    if one.status == 200 and one.source not in {"", "old batch", "hit", "miss", "request"} | fault.sources:
         return "not allowed"
     return ""
 
@@ -209,7 +209,11 @@ HEAD: Final = (
 def cells(row: Row) -> str:
     """Write a row of the table; times in milliseconds, `back` in seconds."""
     outcomes = ", ".join(f"{name} {count}" for name, count in sorted(row.outcomes.items()))
-    again = f", attempt {row.attempts}, processors wanted {row.pressed:.0%}" if row.attempts > 1 else ""
+    again = f", attempt {row.attempts}" if row.attempts > 1 else ""
+    if not row.kept:
+        again += (
+            f", somebody waited for a processor {row.pressed:.0%} of the time, this process {row.lag * 1000:.0f} ms"
+        )
     verdict = ("kept" if row.kept else "MISSED") + again
     figures = f"{row.hit * 1000:.0f} | {row.other * 1000:.0f} | {row.stalest * 1000:.0f} | {row.recovered:.2f}"
     return f"| {row.fault.name} | {row.answers} | {outcomes} | {figures} | {row.logged} | {verdict} |"

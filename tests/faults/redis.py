@@ -101,7 +101,7 @@ async def cannot_save(scene: Scene) -> AsyncIterator[None]:
     """Take its folder away, so that a snapshot fails: MISCONF to every write."""
 
     async def failed() -> bool:
-        return (await client.info("persistence"))["rdb_last_bgsave_status"] == "err"
+        return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
 
     async def done() -> bool:
         found = await client.info("persistence")
@@ -120,6 +120,21 @@ async def cannot_save(scene: Scene) -> AsyncIterator[None]:
             await client.bgsave()
             await eventually(done)
             await client.config_set("save", "")
+            (scene.valkey.data_dir / "dump.rdb").unlink()
+
+
+@asynccontextmanager
+async def rewound(scene: Scene) -> AsyncIterator[None]:
+    """Kill it with SIGKILL; it comes back with what it had before the last changes."""
+    async with scene.redis() as client:
+        await client.save()
+    await asyncio.sleep(1.0)
+    await scene.do(scene.valkey.kill)
+    try:
+        yield
+    finally:
+        await scene.do(scene.valkey.start)
+        (scene.valkey.data_dir / "dump.rdb").unlink()
 
 
 @asynccontextmanager
@@ -139,6 +154,7 @@ async def loading(scene: Scene) -> AsyncIterator[None]:
         finally:
             await asyncio.wait([reloading], timeout=SECONDS)
             await client.config_set("key-load-delay", 0)
+            (scene.valkey.data_dir / "dump.rdb").unlink()
 
 
 @asynccontextmanager

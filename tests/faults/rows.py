@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
-from tests.faults import redis
-from tests.faults.matrix import Fault
+from tests.faults import postgres, redis
+from tests.faults.matrix import ANSWERABLE, Fault
 from tests.faults.scene import Scene
 
 
@@ -14,6 +14,20 @@ from tests.faults.scene import Scene
 async def nothing(_scene: Scene) -> AsyncIterator[None]:
     """Break nothing: an ordinary day."""
     yield
+
+
+@asynccontextmanager
+async def both_killed(scene: Scene) -> AsyncIterator[None]:
+    """Kill Redis and PostgreSQL; they come back one after the other."""
+    async with redis.killed(scene), postgres.killed(scene):
+        yield
+
+
+@asynccontextmanager
+async def both_frozen(scene: Scene) -> AsyncIterator[None]:
+    """Stop Redis and PostgreSQL."""
+    async with redis.frozen(scene), postgres.frozen(scene):
+        yield
 
 
 _REDIS: Final = Fault(
@@ -25,9 +39,33 @@ _REDIS: Final = Fault(
     meters=('goodstanding_cache_reads_total{result="away"}', 'goodstanding_loads_total{reason="away"}'),
 )
 
+_LOAD: Final = 1.0
+"""The deadline of a load, by the settings' default, in seconds: whoever must wait for PostgreSQL waits so long."""
+
+_POSTGRES: Final = Fault(
+    "PostgreSQL",
+    nothing,
+    away=("database",),
+    statuses=frozenset({503}),
+    sources=frozenset({"stale"}),
+    shows=frozenset({"stale"}),
+    meters=("goodstanding_stale_served_total", 'goodstanding_query_errors_total{query="counts"}'),
+)
+_HICCUP: Final = Fault(
+    "PostgreSQL", nothing, statuses=frozenset({503}), sources=frozenset({"stale"}), seconds=0.5, heals=True
+)
+_BOTH: Final = replace(
+    _POSTGRES,
+    away=("redis", "database"),
+    sources=frozenset({"stale", "bypass"}),
+    shows=frozenset({"503"}),
+    meters=(*_REDIS.meters, 'goodstanding_query_errors_total{query="counts"}'),
+)
+
 FAULTS: Final[Sequence[Fault]] = (
     Fault("nothing", nothing),
     replace(_REDIS, name="Redis: kill -9", strike=redis.killed),
+    replace(_REDIS, name="Redis: an old snapshot", strike=redis.rewound, seconds=1.0),
     replace(_REDIS, name="Redis: SIGSTOP", strike=redis.frozen),
     replace(_REDIS, name="Redis: 2 s slow", strike=redis.slow),
     replace(_REDIS, name="Redis: refused", strike=redis.refused),
@@ -41,4 +79,26 @@ FAULTS: Final[Sequence[Fault]] = (
     Fault("Redis: CLIENT KILL storm", redis.connections_killed, sources=frozenset({"bypass"}), flaps=4),
     replace(_REDIS, name="Redis: failover to a replica", strike=redis.failed_over, stage="sentinel", heals=True),
     Fault("Redis: a Cluster reshards", redis.resharded, sources=frozenset({"bypass"}), stage="cluster"),
+    replace(_HICCUP, name="PostgreSQL: sessions ended", strike=postgres.sessions_ended),
+    replace(_HICCUP, name="PostgreSQL: a backend killed", strike=postgres.backend_killed),
+    replace(_POSTGRES, name="PostgreSQL: postmaster killed", strike=postgres.killed),
+    replace(_POSTGRES, name="PostgreSQL: SIGSTOP", strike=postgres.frozen, waits=_LOAD + ANSWERABLE),
+    Fault("PostgreSQL: 50 ms slow", postgres.slow, waits=2 * ANSWERABLE),
+    replace(_POSTGRES, name="PostgreSQL: 2 s slow", strike=postgres.too_slow, waits=_LOAD + ANSWERABLE),
+    replace(
+        _POSTGRES,
+        name="PostgreSQL: pool exhausted",
+        strike=postgres.pool_exhausted,
+        away=(),
+        meters=("goodstanding_stale_served_total",),
+        waits=_LOAD + ANSWERABLE,
+    ),
+    replace(_POSTGRES, name="PostgreSQL: users locked", strike=postgres.users_locked, waits=_LOAD + ANSWERABLE),
+    Fault("PostgreSQL: sessions locked", postgres.sessions_locked),
+    Fault("PostgreSQL: a migration", postgres.migrated, seconds=0.5),
+    replace(_POSTGRES, name="PostgreSQL: max_connections", strike=postgres.connections_used_up),
+    Fault("PostgreSQL: disk full for the relay", postgres.disk_full),
+    replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby"),
+    replace(_BOTH, name="both: kill -9", strike=both_killed),
+    replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),
 )

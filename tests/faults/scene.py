@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +17,10 @@ from typing import Final
 
 import redis.asyncio
 
+from goodstanding import embedded
 from goodstanding.embedded import Postgres, Valkey
 from tests.cable import Cable
-from tests.conftest import Database, fresh_database, make_bare_template, make_template
+from tests.conftest import Database, connect, fresh_database, make_bare_template, make_template
 from tests.faults.load import Load
 from tests.faults.oracle import MOST, populate
 from tests.live import Line, Served
@@ -45,6 +49,7 @@ class Scene:
     load: Load
     rng: random.Random
     _thread: ThreadPoolExecutor
+    standby: Postgres | None = None
 
     @property
     def valkey(self) -> Valkey:
@@ -131,7 +136,7 @@ async def scene(
         async def do(work: Callable[[], object]) -> None:
             await asyncio.get_running_loop().run_in_executor(thread, work)
 
-        redis_servers, redis_url = await stack.enter_async_context(STAGES[stage](folder, do))
+        redis_servers, redis_url = await stack.enter_async_context(STAGES.get(stage, _plain)(folder, do))
         postgres = Postgres(folder / "postgres", durable=False, settings={"max_connections": "60"})
         stack.push_async_callback(do, postgres.stop)
         await do(postgres.start)
@@ -156,8 +161,14 @@ async def scene(
             one.program = program or one.program
             stack.callback(one.end)
         await asyncio.gather(*(one.start() for one in served))
+        standby = None
+        if stage == "standby":
+            standby = Standby(folder / "standby", postgres)
+            stack.push_async_callback(do, standby.stop)
+            await do(standby.start)
+            await standby.follow()
         load = Load(oracle, served, rng, rate=rate)
-        made = Scene(database, postgres, redis_servers, cables, served, load, rng, thread)
+        made = Scene(database, postgres, redis_servers, cables, served, load, rng, thread, standby)
         async with load.running(lambda: made.database.owner_url):
             await made.ready()
             yield made
@@ -191,7 +202,42 @@ async def _cluster(folder: Path, do: Do) -> AsyncIterator[tuple[Sequence[Valkey]
         await do(lambda: running.__exit__(None, None, None))
 
 
-STAGES: Final = {"plain": _plain, "sentinel": _sentinel, "cluster": _cluster}
+STAGES: Final = {"plain": _plain, "sentinel": _sentinel, "cluster": _cluster, "standby": _plain}
+
+
+class Standby(Postgres):
+    """A streaming copy of another server."""
+
+    def __init__(self, data_dir: Path, primary: Postgres) -> None:
+        super().__init__(data_dir, durable=False)
+        self._primary = primary
+
+    def _initialise(self) -> None:
+        shutil.copy(self._primary.data_dir / "password", self.data_dir / "password")
+        cluster = self.data_dir / "cluster"
+        cluster.mkdir(mode=0o700)
+        owner = (self._primary.data_dir / "cluster").stat()
+        os.chown(cluster, owner.st_uid, owner.st_gid)
+        program = embedded._postgres_program("pg_basebackup")  # noqa: SLF001 - the wheel's
+        where = ("--dbname", self._primary.url(), "--pgdata", str(cluster))
+        prefix = self._as_ordinary_user(cluster)
+        subprocess.run(
+            [*prefix, program, *where, "--write-recovery-conf", "--checkpoint=fast"],
+            check=True,
+            timeout=SECONDS,
+            cwd=self.data_dir,
+        )
+
+    async def follow(self) -> None:
+        """Let the primary confirm no commit before this copy has it: what was told to a writer is not lost."""
+        async with connect(self._primary.url()) as superuser:
+
+            async def is_told() -> bool:
+                return bool(await superuser.fetchval("select exists (select from pg_stat_replication)"))
+
+            await eventually(is_told)
+            await superuser.execute("alter system set synchronous_standby_names = '*'")
+            await superuser.execute("select pg_reload_conf()")
 
 
 def environment(database_url: str, redis_url: str) -> dict[str, str]:
