@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
-from tests.faults import postgres, redis
+from tests.faults import ours, postgres, redis
 from tests.faults.matrix import ANSWERABLE, Fault
 from tests.faults.scene import Scene
 
@@ -62,6 +62,10 @@ _BOTH: Final = replace(
     meters=(*_REDIS.meters, 'goodstanding_query_errors_total{query="counts"}'),
 )
 
+_FROZEN: Final = Fault(
+    "ours", nothing, statuses=frozenset({503}), sources=frozenset({"stale", "bypass"}), alone=0, silent=True
+)
+
 FAULTS: Final[Sequence[Fault]] = (
     Fault("nothing", nothing),
     replace(_REDIS, name="Redis: kill -9", strike=redis.killed),
@@ -101,4 +105,11 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby"),
     replace(_BOTH, name="both: kill -9", strike=both_killed),
     replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),
+    Fault("ours: SIGTERM", ours.terminated, seconds=1.0),
+    Fault("ours: kill -9", ours.killed, seconds=1.0, alone=0, silent=True),
+    replace(_FROZEN, name="ours: SIGSTOP for 10 s", strike=ours.frozen, seconds=10.0),
+    Fault("ours: clients vanish", ours.clients_vanish),
+    replace(_FROZEN, name="ours: descriptors used up", strike=ours.descriptors_used_up),
+    Fault("ours: the clock a day ahead", ours.clock_ahead, stage="clock"),
+    Fault("ours: the clock a day back", ours.clock_back, stage="clock"),
 )

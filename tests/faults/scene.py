@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ class Scene:
 
 async def _metrics(served: Served) -> dict[str, float]:
     try:
-        async with asyncio.timeout(1.0), Line.to(served.port) as line:
+        async with asyncio.timeout(5.0), Line.to(served.port) as line:
             _, _, text = await line.get("/metrics")
     except (OSError, TimeoutError):
         return {}
@@ -126,9 +127,9 @@ async def scene(
     stage: str = "plain",
     people: int = MOST,
     rate: float = 250.0,
-    program: Sequence[str] = (),
+    changed: str = "",
 ) -> AsyncIterator[Scene]:
-    """Start everything and the load. `stage` is one of STAGES; `program` serves instead of `goodstanding`."""
+    """Start everything and the load, on a stage of `STAGES`, with a change of served.py if one is named."""
     rng = random.Random(seed)  # noqa: S311 - repeatable
     async with AsyncExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -136,8 +137,8 @@ async def scene(
         async def do(work: Callable[[], object]) -> None:
             await asyncio.get_running_loop().run_in_executor(thread, work)
 
-        redis_servers, redis_url = await stack.enter_async_context(STAGES.get(stage, _plain)(folder, do))
-        postgres = Postgres(folder / "postgres", durable=False, settings={"max_connections": "60"})
+        redis_servers, redis_url = await stack.enter_async_context(STAGES[stage](folder, do))
+        postgres = Postgres(folder / "postgres", durable=False, settings={"max_connections": "40"})
         stack.push_async_callback(do, postgres.stop)
         await do(postgres.start)
         await make_bare_template(postgres)
@@ -158,7 +159,8 @@ async def scene(
             for number, memory in zip(range(PROCESSES), ("10", "0"), strict=True)
         ]
         for one in served:
-            one.program = program or one.program
+            if changed or stage == "clock":
+                one.program = (sys.executable, "-P", str(Path(__file__).with_name("served.py")), changed or stage)
             stack.callback(one.end)
         await asyncio.gather(*(one.start() for one in served))
         standby = None
@@ -202,7 +204,7 @@ async def _cluster(folder: Path, do: Do) -> AsyncIterator[tuple[Sequence[Valkey]
         await do(lambda: running.__exit__(None, None, None))
 
 
-STAGES: Final = {"plain": _plain, "sentinel": _sentinel, "cluster": _cluster, "standby": _plain}
+STAGES: Final = {"plain": _plain, "sentinel": _sentinel, "cluster": _cluster, "standby": _plain, "clock": _plain}
 
 
 class Standby(Postgres):
