@@ -69,6 +69,7 @@ class Load:
     served: Sequence[Served]
     rng: random.Random
     rate: float = 250.0
+    """Requests a second; 0: only what others ask by `one`."""
     bound: float = PROMISED
     """How stale an answer may be that is not marked so, in seconds."""
     stale_allowed: bool = False
@@ -110,6 +111,10 @@ class Load:
             # Not cancelled: what becomes of a commit that nobody waits for is not known.
             self.writing = False
             await asyncio.wait([writing], timeout=_GIVE_UP_SECONDS)
+        await self.close_idle()
+
+    async def close_idle(self) -> None:
+        """Close the connections over which nothing is asked now."""
         for process, idle in enumerate(self._idle):
             while idle:
                 await self._close(process, idle.pop()[0])
@@ -161,19 +166,29 @@ class Load:
         assert self._spawn is not None
         due = self.now
         while True:
+            if not self.rate:
+                await asyncio.sleep(0.05)
+                due = self.now
+                continue
             due = max(due + 1 / self.rate, self.now - 0.1)
             await asyncio.sleep(due - self.now)
-            self._spawn(self._one())
+            self._spawn(self.one())
 
-    async def _one(self) -> None:
+    def request(self) -> tuple[str, Sequence[Person], bytes]:
+        """Make up a request: its kind, whom it is for, its bytes."""
         kind = self.rng.choices(list(_KINDS), list(_KINDS.values()))[0]
         people = self._people(kind)
-        request = self._request(kind, people)
+        return kind, people, self._bytes(kind, people)
+
+    async def one(self) -> None:
+        """Ask once, and judge the answer."""
+        kind, people, request = self.request()
         asked = self.now
         self._turn += 1
         first = self._turn % len(self.served)
         retried = False
         status, head, body = 0, b"", b""
+        failures: list[str] = []
         process = first
         for attempt in range(2):
             process = self._place(first + attempt)
@@ -183,8 +198,10 @@ class Load:
                     status, head, body = await self._exchange(process, request)
                 break
             except TimeoutError:
+                failures.append(f"process {process} said nothing")
                 break
             except OSError as error:
+                failures.append(f"process {process}: {error!r} {error.__cause__!r}")
                 # As any client and balancer does with a read of which nothing has come back.
                 if getattr(error.__cause__, "partial", b""):
                     break
@@ -192,7 +209,7 @@ class Load:
         source = _source(head) if status == 200 and kind in {"single", "past the cache"} else ""
         if kind == "batch" and self.stale_allowed:
             source = "old batch"
-        finding = self._judge(kind, people, status, source, body, asked)
+        finding = self._judge(kind, people, status, source, body, asked) if status else Finding("; ".join(failures))
         self.seen.append(Seen(asked, seconds, process, kind, status, source, retried, finding))
 
     def _people(self, kind: str) -> Sequence[Person]:
@@ -202,7 +219,7 @@ class Load:
             return list({person.user: person for person in (self.some() for _ in range(_A_BATCH))}.values())
         return [self.some()]
 
-    def _request(self, kind: str, people: Sequence[Person]) -> bytes:
+    def _bytes(self, kind: str, people: Sequence[Person]) -> bytes:
         head = self.rng.choice(self._heads)
         if kind == "batch":
             body = json.dumps({"user_ids": [person.user for person in people]})

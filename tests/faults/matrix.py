@@ -125,7 +125,7 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     for one in seen:
         row.outcomes[str(one.status) if one.status != 200 else one.source.removeprefix("old ") or one.kind] += 1
         what = f"{one.asked - mended:+.3f} s: process {one.process}: {one.kind}: {one.status} {one.source}"
-        wrong = one.finding.wrong or _misplaced(row.fault, one)
+        wrong = _wrong(row.fault, one)
         if wrong:
             # Deadlines too are missed on a busy machine.
             blamed = row.late if one.status == 503 or one.source in {"stale", "bypass"} else row.wrong
@@ -145,10 +145,12 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
         row.wrong.append(f"a load of every kind was wanted: {dict(row.outcomes)}")
 
 
-def _misplaced(fault: Fault, one: Seen) -> str:
-    """Tell what is wrong with an answer where its counts are right."""
+def _wrong(fault: Fault, one: Seen) -> str:
+    """Tell what is wrong with an answer, if anything is."""
     if one.status == 0:
-        return "" if fault.silent and one.process == fault.alone else "no answer"
+        return "" if fault.silent and one.process == fault.alone else f"no answer: {one.finding.wrong}"
+    if one.finding.wrong:
+        return one.finding.wrong
     if one.status not in {200, 404} | fault.statuses:
         return "not allowed"
     if one.status == 200 and one.source not in {"", "old batch", "hit", "miss", "request"} | fault.sources:

@@ -13,7 +13,6 @@ from goodstanding.tasks import background
 from tests.faults.scene import Scene
 from tests.live import Line
 from tests.parts import eventually
-from tests.serving import SINGLE
 
 _FEW = 5
 _MANY = 60
@@ -61,15 +60,11 @@ async def clients_vanish(scene: Scene) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(0.01)
             with suppress(OSError):
-                await vanish(scene.rng.choice(scene.served).port, _request(scene), scene.rng)
+                await vanish(scene.rng.choice(scene.served).port, scene.load.request()[2], scene.rng)
 
     async with background() as spawn:
         spawn(come_and_go())
         yield
-
-
-def _request(scene: Scene) -> bytes:
-    return f"GET {SINGLE.format(scene.load.some().user)}?use_cache=false HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
 async def vanish(port: int, request: bytes, rng: random.Random) -> None:
