@@ -5,7 +5,6 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import UUID
 
@@ -20,14 +19,9 @@ from tests.faults.scene import STAGES, Scene, scene
 
 _SEED = secrets.randbelow(2**31)
 _RATE = 60.0
-_SLICE = ("nothing", "Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "ours: kill -9")
-_FOUND = {
-    "another's answer": "the answer of ",
-    "nothing is dropped": "stale for ",
-    "an error of ours": "500 : not allowed",
-    "a slow answer": " after 1.",
-}
-"""Changes that are planted, and what is said of them."""
+_SLICE = ("Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "ours: kill -9")
+_FOUND = ("the answer of ", "stale for ", "500 : not allowed", " after 1.")
+"""What must be said of the bugs that are planted."""
 _BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
@@ -57,13 +51,13 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", _FOUND)
-async def test_a_planted_bug_is_found(tmp_path: Path, changed: str) -> None:
+async def test_planted_bugs_are_found(tmp_path: Path) -> None:
     """Somebody else's answer, a value that no change drops, an error, a delay, once in a hundred: each is seen."""
-    async with AsyncExitStack() as stack:
-        one = await stack.enter_async_context(scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed=changed))
+    async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
         row = await run(_BY_NAME["nothing"], one)
-    assert any(_FOUND[changed] in line for line in (*row.wrong, *row.late)), (row.wrong[:5], row.late[:5])
+    found = "\n".join((*row.wrong, *row.late))
+    for words in _FOUND:
+        assert words in found
 
 
 def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import psutil
@@ -103,13 +103,13 @@ async def _check_leases(made: Scene, outcome: Outcome) -> None:
 
 
 async def _check_connections(made: Scene, outcome: Outcome) -> None:
-    found: tuple[int, ...] = (0, 0)
+    found: Any = None
 
     async def idle() -> bool:
         nonlocal found
         async with connect(made.database.superuser_url) as superuser:
-            found = tuple(await superuser.fetchrow(_BUSY) or found)
-        return found[0] == 0
+            found = await superuser.fetchrow(_BUSY)
+        return bool(found[0] == 0)
 
     try:
         await eventually(idle, within=_LEASE_SECONDS + _SLACK)
@@ -123,14 +123,15 @@ async def _settled(made: Scene, *, at_most: int = 0) -> int:
     """Count the file descriptors that both processes have for anything but PostgreSQL, when clients' have ended."""
     port = urlsplit(made.cables["postgres"].url).port
     await made.load.close_idle()
-    count, steady = -1, 0
+    count: int = -1
+    steady: int = 0
 
     async def is_steady() -> bool:
         nonlocal count, steady
         before, count = count, sum(_descriptors(one, port) for one in made.served)
         steady = steady + 1 if count == before else 0
         await asyncio.sleep(0.2)
-        return count <= at_most or steady >= _STEADY
+        return steady >= _STEADY or count <= at_most
 
     await eventually(is_steady, within=4 * _KEPT_ALIVE_SECONDS)
     return count
@@ -139,7 +140,7 @@ async def _settled(made: Scene, *, at_most: int = 0) -> int:
 def _descriptors(served: Served, postgres: int | None) -> int:
     assert served.process is not None
     process = psutil.Process(served.process.pid)
-    theirs = [one for one in process.net_connections("tcp") if one.raddr and one.raddr.port == postgres]
+    theirs = [one for one in process.net_connections("tcp") if getattr(one.raddr, "port", None) == postgres]
     return process.num_fds() - len(theirs)
 
 

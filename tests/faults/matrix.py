@@ -70,6 +70,10 @@ class Row:
     late: list[str] = field(default_factory=list)
     """What a busy machine may be to blame for."""
     attempts: int = 1
+    before: Sequence[str] = ()
+    """Why it was repeated."""
+    broken: bool = False
+    """Whether it could not be run to its end, so that nothing can be run after it on the same scene."""
 
     @property
     def kept(self) -> bool:
@@ -79,11 +83,23 @@ class Row:
 
 async def run(fault: Fault, scene: Scene) -> Row:
     """Run a fault; again where only times were missed, or this process itself did not get to run."""
+    try:
+        return await _attempts(fault, scene)
+    except Exception as error:  # noqa: BLE001 - told in the row
+        return Row(fault, wrong=[f"it could not be run: {error!r}"], broken=True)
+
+
+async def _attempts(fault: Fault, scene: Scene) -> Row:
     row = await _run(fault, scene)
     # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
     while not row.kept and row.attempts < _ATTEMPTS and (not row.wrong or row.lag > _LAG):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
+        missed = [*before.wrong, *before.late]
+        row.before = (
+            *before.before,
+            f"attempt {before.attempts} missed {len(missed)}: {_pressed(before)}: {missed[0]}",
+        )
     return row
 
 
@@ -206,6 +222,10 @@ HEAD: Final = (
     "| fault | answers | what they were | hit | other | stalest | back | said | |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+
+
+def _pressed(row: Row) -> str:
+    return f"somebody waited for a processor {row.pressed:.0%} of the time, this loop {row.lag * 1000:.0f} ms"
 
 
 def cells(row: Row) -> str:

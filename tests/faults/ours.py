@@ -112,6 +112,7 @@ async def descriptors_used_up(scene: Scene) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         for _ in range(_MANY):
             await stack.enter_async_context(Line.to(scene.served[0].port))
+        await eventually(lambda: psutil.Process(process.pid).num_fds() >= few - 1)
         try:
             yield
         finally:

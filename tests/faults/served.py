@@ -73,13 +73,12 @@ def _wait_seldom() -> None:
     ReputationService.read = wait  # type: ignore[method-assign] # a bug
 
 
-CHANGED: Final[dict[str, Callable[[], None]]] = {
-    "clock": _move_the_clock,
-    "another's answer": _mix_people_up,
-    "nothing is dropped": _drop_nothing,
-    "an error of ours": _fail_seldom,
-    "a slow answer": _wait_seldom,
-}
+def _plant_bugs() -> None:
+    for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom):
+        plant()
+
+
+CHANGED: Final[dict[str, Callable[[], None]]] = {"clock": _move_the_clock, "bugs": _plant_bugs}
 
 if __name__ == "__main__":
     CHANGED[sys.argv.pop(1)]()
