@@ -49,7 +49,7 @@ known as (
 insert into public.wingman_matches (user1_id, user2_id) select one, other from pair returning id, user1_id
 """
 _COUNT: Final = "select match_id, count(*) from public.wingman_sessions where match_id = any ($1::uuid[]) group by 1"
-_END_THE_LEAD: Final = (
+END_THE_LEAD: Final = (
     "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and granted and objsubid = 1"
     " and database = (select oid from pg_database where datname = current_database())"
     " and (classid::bigint << 32) + objid::bigint = $1::bigint"
@@ -336,7 +336,7 @@ class Fleet:
             if await self.leader() is wanted:
                 return True
             async with connect(self.database.superuser_url) as killer:
-                await killer.execute(_END_THE_LEAD, LEAD)
+                await killer.execute(END_THE_LEAD, LEAD)
             return False
 
         await eventually(leads)

@@ -11,10 +11,12 @@ from typing import Final
 import asyncpg
 
 from goodstanding import tallies
+from goodstanding.changes import LEAD
 from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 from tests.conftest import connect
 from tests.faults.scene import Scene
+from tests.live import END_THE_LEAD
 from tests.parts import SECONDS, eventually
 
 _OURS: Final = "from pg_stat_activity where datname = current_database() and usename = 'app_login'"
@@ -173,6 +175,19 @@ async def connections_used_up(scene: Scene) -> AsyncIterator[None]:
 
         await eventually(used_up)
         await superuser.execute("alter role app_login connection limit -1")
+        yield
+
+
+@asynccontextmanager
+async def nobody_leads(scene: Scene) -> AsyncIterator[None]:
+    """Take the lead from the relay, and carry nothing."""
+    async with connect(scene.database.superuser_url) as superuser:
+
+        async def is_taken() -> bool:
+            await superuser.execute(END_THE_LEAD, LEAD)
+            return bool(await superuser.fetchval("select pg_try_advisory_lock($1)", LEAD))
+
+        await eventually(is_taken)
         yield
 
 

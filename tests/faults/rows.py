@@ -30,6 +30,13 @@ async def both_frozen(scene: Scene) -> AsyncIterator[None]:
         yield
 
 
+@asynccontextmanager
+async def clock_back_and_nobody_leads(scene: Scene) -> AsyncIterator[None]:
+    """Move the clocks a day back, so that what is cached seems to be of tomorrow, and take the relay away."""
+    async with ours.clock_back(scene), postgres.nobody_leads(scene):
+        yield
+
+
 _REDIS: Final = Fault(
     "Redis",
     nothing,
@@ -101,6 +108,7 @@ FAULTS: Final[Sequence[Fault]] = (
     Fault("PostgreSQL: sessions locked", postgres.sessions_locked),
     Fault("PostgreSQL: a migration", postgres.migrated, seconds=0.5),
     replace(_POSTGRES, name="PostgreSQL: max_connections", strike=postgres.connections_used_up),
+    Fault("PostgreSQL: nobody leads", postgres.nobody_leads, away=("relay",)),
     Fault("PostgreSQL: disk full for the relay", postgres.disk_full),
     replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby"),
     replace(_BOTH, name="both: kill -9", strike=both_killed),
@@ -112,4 +120,5 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_FROZEN, name="ours: descriptors used up", strike=ours.descriptors_used_up),
     Fault("ours: the clock a day ahead", ours.clock_ahead, stage="clock"),
     Fault("ours: the clock a day back", ours.clock_back, stage="clock"),
+    Fault("ours: the clock a day back, nobody leads", clock_back_and_nobody_leads, away=("relay",), stage="clock"),
 )
