@@ -19,7 +19,7 @@ from tests.faults.scene import STAGES, Scene, scene
 
 _SEED = secrets.randbelow(2**31)
 _RATE = 60.0
-_SLICE = ("Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "ours: kill -9")
+_SLICE = ("Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "PostgreSQL: disk full for the relay")
 _FOUND = ("the answer of ", "stale for ", "500 : not allowed", " after 1.")
 """What must be said of the bugs that are planted."""
 _BY_NAME = {fault.name: fault for fault in FAULTS}

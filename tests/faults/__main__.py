@@ -43,13 +43,17 @@ async def _matrix(faults: Sequence[Fault], seed: int, rate: float) -> list[Row]:
     for stage, group in groupby(sorted(faults, key=_stage), _stage):
         left = [*group]
         while left:
-            with tempfile.TemporaryDirectory(prefix="goodstanding-faults-", ignore_cleanup_errors=True) as folder:
-                async with scene(Path(folder), seed=seed, stage=stage, rate=rate) as made:
-                    while left and (not rows or not rows[-1].broken):
-                        rows.append(await run(left.pop(0), made))
-                        _print(rows[-1])
-                    if left:
-                        rows[-1].broken = False
+            before = len(rows)
+            try:
+                with tempfile.TemporaryDirectory(prefix="goodstanding-faults-", ignore_cleanup_errors=True) as folder:
+                    async with scene(Path(folder), seed=seed, stage=stage, rate=rate) as made:
+                        while left and not (rows[before:] and rows[-1].broken):
+                            rows.append(await run(left.pop(0), made))
+                            _print(rows[-1])
+            except Exception as error:  # noqa: BLE001 - the other faults are run all the same
+                if len(rows) == before:
+                    rows.append(Row(left.pop(0), wrong=[f"no scene: {error!r}"]))
+                    _print(rows[-1])
     return rows
 
 

@@ -75,7 +75,11 @@ async def soak(made: Scene, minutes: int) -> Outcome:
         calm = Row(FAULTS[0])
         made.load.seen.clear()
         await asyncio.sleep(max(0.0, end - made.load.now))
-        calm.wrong = [seen.finding.wrong for seen in made.load.seen if seen.finding.wrong or not seen.whole]
+        calm.wrong = [
+            f"{seen.kind}: {seen.status} {seen.source}: {seen.finding.wrong}"
+            for seen in made.load.seen
+            if seen.finding.wrong or seen.status not in {200, 404}
+        ]
         outcome.answers += len(made.load.seen)
         if calm.wrong:
             outcome.rows.append(calm)
