@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live simulate fuzz check lint types imports format bench bench-check growth audit sbom alerts clean
+.PHONY: help run test coverage quick live faults cancellation soak simulate fuzz check lint types imports format bench bench-check growth audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,15 @@ quick: .venv/.ready ## run the tests that take seconds, without coverage
 
 live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s among them (ten minutes)
 	@GOODSTANDING_LIVE=whole $(BIN)/python -m pytest -rP tests/test_live.py
+
+faults: .venv/.ready ## break every server in every way, under load, and print what held (ten minutes)
+	@$(BIN)/python -m tests.faults
+
+cancellation: .venv/.ready ## send requests of which a third vanish, and look for what they left (REQUESTS=1000000)
+	@$(BIN)/python -m tests.faults.cancellation --requests $(or $(REQUESTS),1000000)
+
+soak: .venv/.ready ## an hour of load, and a fault every minute (MINUTES=60)
+	@$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --report docs/reference/soak.md
 
 simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, from random seeds (SEEDS=1000)
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000)

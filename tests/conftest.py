@@ -124,14 +124,14 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 @pytest.fixture(scope="session")
 def bare_template(postgres: Postgres) -> str:
     """Give the name of a template database with the host's tables and nothing of ours."""
-    _run(_make_bare_template(postgres))
+    _run(make_bare_template(postgres))
     return "bare_template"
 
 
 @pytest.fixture(scope="session")
 def template(postgres: Postgres, bare_template: str) -> str:
     """Give the name of a template database with the host's tables and our migration."""
-    _run(_make_template(postgres, bare_template))
+    _run(make_template(postgres, bare_template))
     return "template"
 
 
@@ -178,7 +178,8 @@ def _run(coroutine: Coroutine[None, None, None]) -> None:
         runner.run(coroutine)
 
 
-async def _make_bare_template(postgres: Postgres) -> None:
+async def make_bare_template(postgres: Postgres) -> None:
+    """Make the template database `bare_template`: the host's tables, and the logins of owner and service."""
     async with connect(postgres.url()) as admin:
         await command(admin, "create role %I login createrole password %L", OWNER, _PASSWORD)
         await command(admin, "create role %I login password %L", SERVICE, _PASSWORD)
@@ -189,7 +190,8 @@ async def _make_bare_template(postgres: Postgres) -> None:
         await admin.execute("alter database bare_template is_template true allow_connections false")
 
 
-async def _make_template(postgres: Postgres, bare_template: str) -> None:
+async def make_template(postgres: Postgres, bare_template: str) -> None:
+    """Make the template database `template`: the other one, migrated."""
     from goodstanding.migrate import upgrade  # noqa: PLC0415 - a broken migration must not break the tests without one
 
     async with connect(postgres.url()) as admin:

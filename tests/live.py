@@ -19,7 +19,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -28,6 +27,7 @@ from goodstanding.changes import LEAD
 from goodstanding.embedded import Valkey
 from goodstanding.tasks import background
 
+from .cable import Cable
 from .conftest import Database, connect
 from .parts import SECONDS, eventually
 from .serving import SINGLE, clean_environment, free_port
@@ -35,32 +35,6 @@ from .serving import SINGLE, clean_environment, free_port
 PROMISED: Final = 2.0
 """Nothing is stale for longer, in seconds."""
 
-_CABLE: Final = """
-import asyncio, sys, uvloop
-
-async def main(host, port):
-    async def carry(reader, writer):
-        try:
-            far_reader, far_writer = await asyncio.open_connection(host, port)
-        except OSError:
-            writer.close()
-            return
-        async def pipe(source, target):
-            try:
-                while piece := await source.read(1 << 16):
-                    target.write(piece)
-                    await target.drain()
-            except OSError:
-                pass
-            finally:
-                target.close()
-        await asyncio.gather(pipe(reader, far_writer), pipe(far_reader, writer))
-    server = await asyncio.start_server(carry, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-uvloop.run(main(sys.argv[1], int(sys.argv[2])))
-"""
 _INSERT: Final = (
     "insert into public.wingman_sessions (match_id, status, user1_completed_confirmed_by_user2)"
     " select one.match_id, 'completed', true from unnest($1::uuid[]) as one (match_id)"
@@ -75,40 +49,12 @@ known as (
 insert into public.wingman_matches (user1_id, user2_id) select one, other from pair returning id, user1_id
 """
 _COUNT: Final = "select match_id, count(*) from public.wingman_sessions where match_id = any ($1::uuid[]) group by 1"
-_END_THE_LEAD: Final = (
+END_THE_LEAD: Final = (
     "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and granted and objsubid = 1"
     " and database = (select oid from pg_database where datname = current_database())"
     " and (classid::bigint << 32) + objid::bigint = $1::bigint"
 )
-_OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-
-
-@dataclass(slots=True)
-class Cable:
-    """A network between somebody and a server; cut, it loses nothing and carries nothing, as TCP sees it."""
-
-    process: "asyncio.subprocess.Process"
-    url: str
-
-    @classmethod
-    async def to(cls, url: str) -> "Cable":
-        """Lay a cable to the server of a URL."""
-        parts = urlsplit(url)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _CABLE, str(parts.hostname), str(parts.port)), stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        port = int(await process.stdout.readline())
-        credentials, _, _ = parts.netloc.rpartition("@")
-        return cls(process, parts._replace(netloc=f"{credentials}@127.0.0.1:{port}").geturl())
-
-    def cut(self) -> None:
-        """Carry nothing any more; connections stay."""
-        self.process.send_signal(signal.SIGSTOP)
-
-    def mend(self) -> None:
-        """Carry again, what was sent meanwhile first."""
-        self.process.send_signal(signal.SIGCONT)
+OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 @dataclass(slots=True)
@@ -116,6 +62,8 @@ class Served:
     """One `goodstanding serve`, as a process that can be killed, frozen and started again."""
 
     environment: dict[str, str]
+    program: Sequence[str] = (str(Path(sys.executable).with_name("goodstanding")),)
+    log: Path = Path(os.devnull)
     port: int = field(default_factory=free_port)
     process: "subprocess.Popen[bytes] | None" = None
     up: bool = False
@@ -123,13 +71,13 @@ class Served:
 
     async def start(self) -> None:
         """Start it, and wait until it answers."""
-        program = str(Path(sys.executable).with_name("goodstanding"))
-        self.process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-            [program, "serve", "--port", str(self.port)],
-            env=clean_environment(self.environment),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: ASYNC220 - the same
+                [*self.program, "serve", "--port", str(self.port)],
+                env=clean_environment(self.environment),
+                stdout=log,
+                stderr=log,
+            )
         await eventually(self._is_alive)
         self.up = True
 
@@ -192,7 +140,11 @@ class Line:
 
     async def get(self, path: str) -> tuple[int, bytes, bytes]:
         """Ask; gives status, head and body."""
-        self.writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        return await self.ask(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """Send a request's bytes; gives status, head and body. Raises OSError."""
+        self.writer.write(request)
         try:
             async with asyncio.timeout(SECONDS):
                 head = await self.reader.readuntil(b"\r\n\r\n")
@@ -249,7 +201,7 @@ class Fleet:
     async def write(self, ledgers: Sequence[Ledger]) -> None:
         """Complete sessions of these users' matches, some at a time, until told to stop."""
         while not self.stopping:
-            with suppress(*_OUTAGES):
+            with suppress(*OUTAGES):
                 async with connect(self.database.owner_url) as connection:
                     while not self.stopping:
                         some = self.rng.sample(ledgers, min(self.a_commit, len(ledgers)))
@@ -260,7 +212,7 @@ class Fleet:
     async def watch(self, ledgers: Sequence[Ledger]) -> None:
         """Complete one session after another, and time how long each process takes to tell it, until told to stop."""
         while not self.stopping:
-            with suppress(*_OUTAGES):
+            with suppress(*OUTAGES):
                 async with connect(self.database.owner_url) as connection:
                     while not self.stopping:
                         one = self.rng.choice(ledgers)
@@ -285,7 +237,7 @@ class Fleet:
             ledger.begun += 1
         try:
             await connection.execute(_INSERT, [ledger.match for ledger in ledgers])
-        except _OUTAGES:
+        except OUTAGES:
             await self._find_out(ledgers, connection.get_server_pid())
             raise
         now = self.now
@@ -297,7 +249,7 @@ class Fleet:
         """Ask what became of a commit whose connection ended under it."""
 
         async def known() -> bool:
-            with suppress(*_OUTAGES):
+            with suppress(*OUTAGES):
                 async with connect(self.database.superuser_url) as connection:
                     if await connection.fetchval("select exists (select from pg_stat_activity where pid = $1)", pid):
                         return False
@@ -384,7 +336,7 @@ class Fleet:
             if await self.leader() is wanted:
                 return True
             async with connect(self.database.superuser_url) as killer:
-                await killer.execute(_END_THE_LEAD, LEAD)
+                await killer.execute(END_THE_LEAD, LEAD)
             return False
 
         await eventually(leads)
@@ -441,7 +393,7 @@ async def fleet(
         urls = [database.service_url, *([valkey.url()] if valkey is not None else [])]
         cables = [await Cable.to(url) for url in urls]
         for cable in cables:
-            stack.callback(cable.process.kill)
+            stack.callback(cable.end)
         served = []
         for number in range(processes):
             ours = [cable.url for cable in cables] if number == 0 else urls

@@ -588,14 +588,16 @@ async def test_the_life_of_a_value_counts_from_the_fill(redis_cache: RedisCache)
 
 
 async def test_what_is_too_old_is_a_miss(redis_url: str) -> None:
-    """Values computed before `oldest()` are not served and may be loaded anew; the good copies stay what they are."""
+    """A value not computed since `oldest()` is not served and may be loaded anew; the good copy stays what it is."""
     oldest: list[datetime | None] = [None]
     async with RedisCache.open(
         redis_url, deadline=PATIENT, policy=STANDARD.version, lives=LIVES, oldest=lambda: oldest[0]
     ) as cache:
         await cache.lease([_ME, _OTHER], "t1")
         await cache.fill({_ME: entry(at=NOON), _OTHER: Entry(None, NOON)}, "t1")
-        for floor, served in ((None, True), (NOON, True), (NOON + timedelta(milliseconds=1), False)):
+        # A clock that was set back a day makes what is cached seem to be of tomorrow: it may be of any age.
+        floors = ((None, True), (NOON, True), (NOON + timedelta(milliseconds=1), False))
+        for floor, served in (*floors, (NOON - timedelta(seconds=2), True), (NOON - timedelta(days=1), False)):
             oldest[0] = floor
             found = await cache.fetch([_ME, _OTHER])
             assert [entry(), _UNKNOWN] == [each.entry for each in found] if served else [_NOTHING, _NOTHING] == found

@@ -4,9 +4,8 @@ import asyncio
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -22,85 +21,29 @@ from goodstanding.reputation_service import Source
 from goodstanding.tasks import background
 from tests.conftest import Database
 from tests.parts import SECONDS, Truth, entry, eventually, metric, open_redis, open_service, settled, user
+from tests.topologies import agreed, cluster_url, plain, role, running_cluster, watched_pair
 
 _SECRET = secrets.token_urlsafe(16)
-
-
-def _folder(path: Path) -> Path:
-    """Make a server's folder, with the password that all servers here share."""
-    path.mkdir()
-    (path / "password").write_text(_SECRET)
-    return path
-
-
-class _Node(Valkey):
-    """A node of a Cluster."""
-
-    title = "Cluster node"
-
-    def _command(self) -> list[str]:
-        # Its second port is by default one that the system may have given to any client meanwhile.
-        bus = str(self.port + 700)
-        return [
-            *super()._command(),
-            "--cluster-enabled",
-            "yes",
-            "--cluster-port",
-            bus,
-            "--cluster-node-timeout",
-            "2000",
-        ]
-
-
-def _plain(server: Valkey) -> "redis.Redis":
-    return redis.Redis.from_url(server.url(), socket_timeout=SECONDS)
-
-
-async def _agreed(servers: Sequence[Valkey]) -> bool:
-    """Tell whether every node has all slots covered by the three."""
-    for server in servers:
-        with _plain(server) as client:
-            info: dict[str, str] = client.execute_command("CLUSTER INFO")
-            if "ok" != info["cluster_state"] or "3" != info["cluster_size"]:
-                return False
-    return True
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[Valkey]]:
     """Run three primaries that share the slots."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with ExitStack() as stack:
-        servers = [stack.enter_context(_Node(_folder(folder / str(number)))) for number in range(3)]
-        slots = [(0, 5460), (5461, 10922), (10923, 16383)]
-        for server, (first, last) in zip(servers, slots, strict=True):
-            with _plain(server) as client:
-                client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
-                client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port, servers[0].port + 700)
-        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-            runner.run(_until_agreed(servers))
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as servers:
         yield servers
-
-
-async def _until_agreed(servers: Sequence[Valkey]) -> None:
-    await eventually(lambda: _agreed(servers))
 
 
 @pytest.fixture
 async def cluster(nodes: Sequence[Valkey]) -> AsyncIterator[RedisCache]:
     """Give a cache on the empty cluster, whose address is any one node's."""
     for node in nodes:
-        with _plain(node) as client:
+        with plain(node) as client:
             client.flushall()
             client.config_set("maxmemory", 0)
             client.config_resetstat()
-    async with open_redis(_cluster_url(nodes)) as cache:
+    async with open_redis(cluster_url(nodes)) as cache:
         await eventually(lambda: cache.available)
         yield cache
-
-
-def _cluster_url(nodes: Sequence[Valkey]) -> str:
-    return nodes[0].url().replace("redis://", "redis+cluster://").removesuffix("/0")
 
 
 async def test_the_protocol_holds_in_a_cluster(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
@@ -114,7 +57,7 @@ async def test_the_protocol_holds_in_a_cluster(cluster: RedisCache, nodes: Seque
     assert [entry(number) for number in range(100)] == await cluster.fetch_last_good(users)
     sizes = []
     for node in nodes:
-        with _plain(node) as client:
+        with plain(node) as client:
             sizes.append(client.dbsize())
             errors = client.info("errorstats")
             assert not {"errorstat_CROSSSLOT", "errorstat_MOVED"} & errors.keys()
@@ -132,11 +75,11 @@ async def test_everybody_is_dropped_on_every_node(cluster: RedisCache, nodes: Se
     await cluster.lease(users, "t1")
     assert [True] * 1400 == await cluster.fill(dict.fromkeys(users[:1400], entry()), "t1")
     for node in nodes:
-        with _plain(node) as client:
+        with plain(node) as client:
             client.config_resetstat()
     assert 1400 == await cluster.invalidate_all()
     for node in nodes:
-        with _plain(node) as client:
+        with plain(node) as client:
             commands = client.info("commandstats")
             assert "cmdstat_scan" in commands
             assert not {"cmdstat_keys", "cmdstat_flushall", "cmdstat_flushdb"} & commands.keys()
@@ -146,7 +89,7 @@ async def test_everybody_is_dropped_on_every_node(cluster: RedisCache, nodes: Se
 async def test_one_full_node_is_noticed(cluster: RedisCache, nodes: Sequence[Valkey]) -> None:
     """A node that takes no writes takes no invalidations, whichever of them it is: away within 2 s, back within 2 s."""
     for node in nodes:
-        with _plain(node) as client:
+        with plain(node) as client:
             client.config_set("maxmemory", 1)
             await eventually(lambda: not cluster.available, within=3.5)
             client.config_set("maxmemory", 0)
@@ -171,7 +114,7 @@ async def test_one_dead_node_is_survived(cluster: RedisCache, nodes: Sequence[Va
                 await service.invalidate(users)
         finally:
             nodes[2].start()
-        await eventually(lambda: _agreed(nodes))
+        await eventually(lambda: agreed(nodes))
         await eventually(lambda: cluster.available, within=3.5)
         await service.invalidate(users)
         await service.read_many(users)
@@ -183,7 +126,7 @@ async def test_a_moved_slot_is_followed(cluster: RedisCache, nodes: Sequence[Val
     """A slot may move to another node and back: the client finds it again by itself."""
     me = user(1)
     with ExitStack() as stack:
-        peers = [stack.enter_context(_plain(node)) for node in nodes]
+        peers = [stack.enter_context(plain(node)) for node in nodes]
         names = [peer.execute_command("CLUSTER MYID").decode() for peer in peers]
         slot = int(peers[0].execute_command("CLUSTER KEYSLOT", value_key(me)))
         home = next(number for number, last in enumerate((5460, 10922, 16383)) if slot <= last)
@@ -214,7 +157,7 @@ async def test_what_is_said_is_heard_in_the_whole_cluster(cluster: RedisCache, n
             listener = await stack.enter_async_context(open_redis(url))
             heard.append([])
             await stack.enter_async_context(listener.subscription(heard[-1].append, lambda: None, lambda: None))
-        async with open_redis(_cluster_url(nodes), deadline=0.05) as hasty:
+        async with open_redis(cluster_url(nodes), deadline=0.05) as hasty:
             await eventually(lambda: _done(hasty.invalidate(users)))
         await cluster.say("end")
         for one in heard:
@@ -239,7 +182,7 @@ async def test_every_node_of_a_cluster_is_vouched_for(cluster: RedisCache, nodes
             await eventually(lambda: _is_said(cluster, heard))
             await cluster.lease(users, "t1", seize=True)
             await cluster.fill(dict.fromkeys(users, entry()), "t1")
-            with _plain(node) as client:
+            with plain(node) as client:
                 assert 1 == len(client.keys("{goodstanding:probe*}:run"))
                 client.flushall()
             heard.clear()
@@ -258,58 +201,12 @@ async def _is_said(cache: RedisCache, heard: list[bytes]) -> bool:
 # Sentinel.
 
 
-class _Sentinel(Valkey):
-    """A Sentinel that watches one master, under the name `main`; it asks for no password."""
-
-    title = "Sentinel"
-
-    def __init__(self, data_dir: Path, *, master: Valkey) -> None:
-        super().__init__(data_dir, options=("--sentinel",))
-        self._master = master
-
-    def _prepare(self) -> None:
-        (self.data_dir / "valkey.conf").write_text(
-            f"sentinel monitor main 127.0.0.1 {self._master.port} 1\n"
-            f"sentinel auth-pass main {_SECRET}\n"
-            "sentinel down-after-milliseconds main 300\n"
-            "sentinel failover-timeout main 3000\n"
-        )
-
-    def _ready(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(64).startswith(b"+PONG")
-        except OSError:
-            return False
-
-
-@asynccontextmanager
-async def _watched_pair(folder: Path) -> AsyncIterator[tuple[Valkey, Valkey, str]]:
-    """Run a master, its replica and their Sentinel; gives the URL by which a client finds the master."""
-    shared = ("--masterauth", _SECRET, "--repl-diskless-sync-delay", "0")
-    with (
-        Valkey(_folder(folder / "master"), options=shared) as master,
-        Valkey(_folder(folder / "replica"), options=(*shared, "--replicaof", f"127.0.0.1 {master.port}")) as replica,
-        _Sentinel(_folder(folder / "sentinel"), master=master) as sentinel,
-    ):
-        port = urlsplit(sentinel.url()).port
-        with redis.Redis(port=port or 0, socket_timeout=SECONDS) as watcher, _plain(replica) as second:
-
-            def is_watched() -> bool:
-                known = watcher.execute_command("SENTINEL REPLICAS", "main")
-                return 1 == len(known) and "up" == second.info("replication")["master_link_status"]
-
-            await eventually(is_watched)
-        yield master, replica, f"redis+sentinel://:{_SECRET}@127.0.0.1:{port}/main/0"
-
-
 @pytest.mark.slow
 async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> None:
     """Sentinel names the master; when it dies, PostgreSQL answers until the new one is found, with the same service."""
     truth = await Truth.of(database, 1)
     async with (
-        _watched_pair(tmp_path) as (master, replica, url),
+        watched_pair(tmp_path) as (master, replica, url),
         open_redis(url, deadline=0.5) as cache,
         open_service(cache, database.service_url, cache_wait=0.2) as service,
     ):
@@ -317,7 +214,7 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
         assert Source.MISS is (await service.read(truth.user_id)).source
         await settled(service)
         assert Source.HIT is (await service.read(truth.user_id)).source
-        with _plain(master) as client:
+        with plain(master) as client:
             assert 1 == client.exists(value_key(truth.user_id))
         master.kill()
         sources = set()
@@ -329,7 +226,7 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
         await eventually(is_away)
         assert Source.BYPASS is (await service.read(truth.user_id)).source
         await eventually(lambda: cache.available)
-        assert "master" == _role(replica)
+        assert "master" == role(replica)
         await truth.complete()
         await service.invalidate([truth.user_id])
         answer = await service.read(truth.user_id)
@@ -337,7 +234,7 @@ async def test_a_failover_is_followed(tmp_path: Path, database: Database) -> Non
         assert (2, Source.MISS) == (answer.data.completed_sessions, answer.source)
         await settled(service)
         assert Source.HIT is (await service.read(truth.user_id)).source
-        with _plain(replica) as client:
+        with plain(replica) as client:
             assert 1 == client.exists(value_key(truth.user_id))
 
 
@@ -348,7 +245,7 @@ async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
     listener = Freshness(clock=utc_now)
     heard: list[Sequence[UserId] | None] = []
     async with (
-        _watched_pair(tmp_path) as (master, replica, url),
+        watched_pair(tmp_path) as (master, replica, url),
         open_redis(url, deadline=0.5) as cache,
         background() as spawn,
     ):
@@ -357,7 +254,7 @@ async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
         await eventually(lambda: _beaten(cache, listener))
         await cache.lease([me], "t1", seize=True)
         assert [True] == await cache.fill({me: entry()}, "t1")
-        with _plain(replica) as client:
+        with plain(replica) as client:
             await eventually(lambda: bool(client.exists(value_key(me), "{goodstanding:probe}:run") == 2))
         heard.clear()
         master.kill()
@@ -365,7 +262,7 @@ async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
         await eventually(lambda: None in heard)
         await eventually(lambda: cache.available)
         await eventually(lambda: _beaten(cache, listener))
-        with _plain(replica) as client:
+        with plain(replica) as client:
             assert 0 == client.exists(value_key(me))
         heard.clear()
         await cache.invalidate([me])
@@ -381,24 +278,24 @@ async def _beaten(cache: RedisCache, listener: Freshness) -> bool:
 @pytest.mark.slow
 async def test_a_demoted_master_is_left(tmp_path: Path) -> None:
     """In a planned switch the old master lives on as a replica: its refusal sends the client to the new one."""
-    async with _watched_pair(tmp_path) as (master, replica, url), open_redis(url, deadline=0.5) as cache:
+    async with watched_pair(tmp_path) as (master, replica, url), open_redis(url, deadline=0.5) as cache:
         await eventually(lambda: cache.available)
         await cache.lease([user(1)], "t1")
         port = int(url.rpartition(":")[2].partition("/")[0])
         with redis.Redis(port=port, socket_timeout=SECONDS) as watcher:
             watcher.execute_command("SENTINEL FAILOVER", "main")
-        await eventually(lambda: "master" == _role(replica))
+        await eventually(lambda: "master" == role(replica))
         # The Sentinel does this, too, but takes ten seconds to get around to it.
-        with _plain(master) as client:
+        with plain(master) as client:
             client.replicaof("127.0.0.1", str(replica.port))
-        assert "slave" == _role(master)
+        assert "slave" == role(master)
 
         async def is_written() -> bool:
             try:
                 await cache.lease([user(2)], "t2", seize=True)
             except CacheAwayError:
                 return False
-            with _plain(replica) as client:
+            with plain(replica) as client:
                 return bool(b"t2" == client.get(lease_key(user(2))))
 
         await eventually(is_written)
@@ -411,15 +308,8 @@ async def test_a_sentinel_that_hangs_is_passed_over(tmp_path: Path) -> None:
     # The system completes its connections, and nobody ever reads from them.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        async with _watched_pair(tmp_path) as (_, _, url):
+        async with watched_pair(tmp_path) as (_, _, url):
             two = url.replace("@127.0.0.1", f"@127.0.0.1:{port},127.0.0.1")
             async with open_redis(two, deadline=0.2) as cache:
                 await eventually(lambda: cache.available)
                 assert [True] == await cache.lease([user(1)], "t1")
-
-
-def _role(server: Valkey) -> str:
-    """Tell what a server says it is; a switch ends its connections."""
-    with suppress(redis.ConnectionError), _plain(server) as client:
-        return str(client.info("replication")["role"])
-    return "unknown"

@@ -129,6 +129,13 @@ class TestReference:
             assert type(metric).__name__.lower() == rows[name][1]
             assert list(metric._labelnames) == re.findall(r"`(\w+)`", rows[name][2])  # noqa: SLF001 - told nowhere else
 
+    def test_log_lines(self) -> None:
+        """Every event that is logged has its row, and no row is of something else."""
+        source = "".join(path.read_text("utf-8") for path in _PACKAGE.glob("*.py"))
+        logged = set(re.findall(r'_log\.\w+\(\s*"(\w+)"', source))
+        table = _reference("metrics").partition("# Log lines")[2]
+        assert logged == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE))))
+
     def test_alerts_are_about_metrics_that_exist(self) -> None:
         """Every metric that an alert asks for is one of ours."""
         asked = set(

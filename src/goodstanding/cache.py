@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any, Final, Protocol, Self
 from urllib.parse import unquote, urlsplit
@@ -35,6 +35,9 @@ PROBE_SECONDS: Final = 0.5
 
 _MOST_DECODED: Final = 4096
 _SCAN_COUNT: Final = 1000
+_NEWEST: Final = timedelta(seconds=2)
+"""So much younger than the oldest that is believed an entry may be: of now, by a clock that is half a second ahead. One
+that seems younger is of before a clock was set back, and of any age."""
 _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
 _MOST_PROBE_KEYS: Final = 1000
@@ -401,7 +404,7 @@ class RedisCache:
             if len(self._decoded) >= _MOST_DECODED:
                 self._decoded.clear()
             self._decoded[user_id] = text, entry
-        return None if oldest is not None and entry.computed_at < oldest else entry
+        return entry if _is_recent(entry, oldest) else None
 
     def _oldest_of(self, asked: datetime | None) -> datetime | None:
         """Give how old may be what was just read, where this was the answer when it was asked for.
@@ -412,7 +415,7 @@ class RedisCache:
 
     def _is_served(self, text: bytes, user_id: UserId, oldest: datetime | None) -> bool:
         entry = decode(text, user_id=user_id, policy=self._policy)
-        return isinstance(entry, Entry) and (oldest is None or entry.computed_at >= oldest)
+        return isinstance(entry, Entry) and _is_recent(entry, oldest)
 
     async def _unlink_matching(self, pattern: str) -> int:
         dropped = 0
@@ -453,6 +456,11 @@ class RedisCache:
         if not commands:
             return []
         return await self._wire.send(commands)
+
+
+def _is_recent(entry: Entry, oldest: datetime | None) -> bool:
+    """Tell whether an entry was computed since then; one that seems to come from the future was not."""
+    return oldest is None or oldest <= entry.computed_at <= oldest + _NEWEST
 
 
 async def _disconnect(client: "Redis | RedisCluster") -> None:

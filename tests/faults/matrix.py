@@ -1,0 +1,241 @@
+"""What is broken and what must hold then, one row each; how a row is run, and what it says."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.faults.load import Seen
+from tests.faults.scene import Scene
+
+ANSWERABLE: Final = 0.3
+"""Seconds within which anything is answered that can be."""
+RECOVERY: Final = 2.0
+_SETTLE: Final = 2.0
+_LAG: Final = 0.1
+"""A measurement by a loop that was so late, in seconds, is repeated."""
+_ATTEMPTS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One row. `strike` breaks something on entering and mends it on leaving; the rest is what must hold.
+
+    `away`: dependencies that every process must say are away, once, in log and metric, and back, once; `heals`: they
+    are back before it is mended. `flaps`: so often, where it strikes again and again.
+    `statuses`: besides 200 and 404. `sources`: besides hit, miss and request.
+    `shows`: what must have been seen, or nothing was broken: sources, or statuses.
+    `waits`: within so many seconds comes an answer that is not from a cache; hits within ANSWERABLE.
+    `meters`: metrics that must have risen. `alone`: the process that is itself broken, whose answers may take longer,
+    and do not come at all where `silent` says so.
+    """
+
+    name: str
+    strike: Callable[[Scene], AbstractAsyncContextManager[None]]
+    seconds: float = 4.0
+    away: Sequence[str] = ()
+    statuses: frozenset[int] = frozenset()
+    sources: frozenset[str] = frozenset()
+    shows: frozenset[str] = frozenset()
+    waits: float = ANSWERABLE
+    meters: Sequence[str] = ()
+    recovery: float = RECOVERY
+    alone: int | None = None
+    silent: bool = False
+    heals: bool = False
+    flaps: int = 1
+    stage: str = "plain"
+
+
+@dataclass(slots=True)
+class Row:
+    """What came of a fault."""
+
+    fault: Fault
+    answers: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    hit: float = 0.0
+    other: float = 0.0
+    stalest: float = 0.0
+    recovered: float = 0.0
+    retried: int = 0
+    logged: str = ""
+    lag: float = 0.0
+    pressed: float = 0.0
+    """The share of the time in which somebody on this machine waited for a processor."""
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    """What a busy machine may be to blame for."""
+    attempts: int = 1
+    before: Sequence[str] = ()
+    """Why it was repeated."""
+    broken: bool = False
+    """Whether it could not be run to its end, so that nothing can be run after it on the same scene."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether everything held."""
+        return not self.wrong and not self.late
+
+
+async def run(fault: Fault, scene: Scene) -> Row:
+    """Run a fault; again where only times were missed, or this process itself did not get to run."""
+    try:
+        return await _attempts(fault, scene)
+    except Exception as error:  # noqa: BLE001 - told in the row
+        return Row(fault, wrong=[f"it could not be run: {error!r}"], broken=True)
+
+
+async def _attempts(fault: Fault, scene: Scene) -> Row:
+    row = await _run(fault, scene)
+    # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
+    while not row.kept and row.attempts < _ATTEMPTS and (not row.wrong or row.lag > _LAG):
+        before, row = row, await _run(fault, scene)
+        row.attempts = before.attempts + 1
+        missed = [*before.wrong, *before.late]
+        row.before = (
+            *before.before,
+            f"attempt {before.attempts} missed {len(missed)}: {_pressed(before)}: {missed[0]}",
+        )
+    return row
+
+
+async def _run(fault: Fault, scene: Scene) -> Row:
+    load, row = scene.load, Row(fault)
+    await scene.ready()
+    load.seen.clear()
+    load.lag = 0.0
+    load.stale_allowed = "stale" in fault.sources
+    logged, before, began = scene.logged(), await scene.metrics(), load.now
+    held, pressure = before, _pressure()
+    async with fault.strike(scene):
+        await asyncio.sleep(fault.seconds)
+        held = await scene.metrics()
+    mended = load.now
+    try:
+        ready = await scene.ready(within=15.0)
+    except AssertionError:
+        row.wrong.append("not every process was ready again 15 s later")
+        ready = 15.0
+    await asyncio.sleep(_SETTLE)
+    seen = [one for one in load.seen if one.asked >= began]
+    load.stale_allowed = False
+    row.lag = load.lag
+    row.pressed = (_pressure() - pressure) / (load.now - began)
+    _judge_answers(row, seen, mended)
+    degraded = max((one.asked - mended for one in seen if not one.whole), default=0.0)
+    row.recovered = max(ready, degraded)
+    if row.recovered > fault.recovery:
+        row.late.append(f"recovered after {row.recovered:.2f} s")
+    _judge_logs(row, scene.said(logged))
+    _judge_metrics(row, before, held, await scene.metrics())
+    return row
+
+
+def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
+    row.answers = len(seen)
+    row.retried = sum(one.retried for one in seen)
+    for one in seen:
+        row.outcomes[str(one.status) if one.status != 200 else one.source.removeprefix("old ") or one.kind] += 1
+        what = f"{one.asked - mended:+.3f} s: process {one.process}: {one.kind}: {one.status} {one.source}"
+        wrong = _wrong(row.fault, one)
+        if wrong:
+            # Deadlines too are missed on a busy machine.
+            blamed = row.late if one.status == 503 or one.source in {"stale", "bypass"} else row.wrong
+            blamed.append(f"{what}: {wrong}")
+        if not one.old:
+            row.stalest = max(row.stalest, one.finding.behind)
+        if one.process == row.fault.alone:
+            continue
+        if one.source == "hit":
+            row.hit = max(row.hit, one.seconds)
+        else:
+            row.other = max(row.other, one.seconds)
+        if one.seconds > (ANSWERABLE if one.source == "hit" else row.fault.waits):
+            row.late.append(f"{what} after {one.seconds:.3f} s")
+    row.wrong += [f"nothing was broken: no {wanted} was seen" for wanted in row.fault.shows - row.outcomes.keys()]
+    if not {"hit", "miss", "request"} <= row.outcomes.keys():
+        row.wrong.append(f"a load of every kind was wanted: {dict(row.outcomes)}")
+
+
+def _wrong(fault: Fault, one: Seen) -> str:
+    """Tell what is wrong with an answer, if anything is."""
+    if one.status == 0:
+        return "" if fault.silent and one.process == fault.alone else f"no answer: {one.finding.wrong}"
+    if one.finding.wrong:
+        return one.finding.wrong
+    if one.status not in {200, 404} | fault.statuses:
+        return "not allowed"
+    if one.status == 200 and one.source not in {"", "old batch", "hit", "miss", "request"} | fault.sources:
+        return "not allowed"
+    return ""
+
+
+def _pressure() -> float:
+    """Give for how many seconds anybody has waited for a processor since the machine began; Linux alone knows."""
+    try:
+        return int(Path("/proc/pressure/cpu").read_text("ascii").partition("total=")[2].split()[0]) / 1e6
+    except OSError:
+        return 0.0
+
+
+def _judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
+    told: Counter[str] = Counter()
+    for process, lines in enumerate(said):
+        for line, times in lines.items():
+            level, _, event = line.partition(" ")
+            if level in {"error", "critical", "unstructured"}:
+                row.wrong.append(f"process {process} logged {line}")
+            if level == "warning":
+                told[event] = max(told[event], times)
+            if event.startswith(("dependency_away", "dependency_back", "rate_limits")) and times > row.fault.flaps:
+                row.late.append(f"process {process} logged {times} times {line}")
+        for dependency in row.fault.away:
+            for line in (f"warning dependency_away {dependency}", f"info dependency_back {dependency}"):
+                if not lines[line]:
+                    row.wrong.append(f"process {process} did not log {line}")
+    row.logged = ", ".join(sorted(event.removeprefix("dependency_") for event in told))
+
+
+def _judge_metrics(
+    row: Row,
+    before: Sequence[dict[str, float]],
+    held: Sequence[dict[str, float]],
+    after: Sequence[dict[str, float]],
+) -> None:
+    for process, (during, later) in enumerate(zip(held, after, strict=True)):
+        for dependency in ("redis", "database", "relay"):
+            gauge = f'goodstanding_dependency_up{{dependency="{dependency}"}}'
+            if dependency in row.fault.away and not row.fault.heals and during.get(gauge, 0.0) != 0.0:
+                row.wrong.append(f"process {process} did not meter that {dependency} was away")
+            if later.get(gauge) != 1.0:
+                row.wrong.append(f"process {process} does not meter that {dependency} is back")
+    for name in row.fault.meters:
+        if sum(one.get(name, 0.0) for one in after) <= sum(one.get(name, 0.0) for one in before):
+            row.wrong.append(f"{name} did not rise")
+
+
+HEAD: Final = (
+    "| fault | answers | what they were | hit | other | stalest | back | said | |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _pressed(row: Row) -> str:
+    return f"somebody waited for a processor {row.pressed:.0%} of the time, this loop {row.lag * 1000:.0f} ms"
+
+
+def cells(row: Row) -> str:
+    """Write a row of the table; times in milliseconds, `back` in seconds."""
+    outcomes = ", ".join(f"{name} {count}" for name, count in sorted(row.outcomes.items()))
+    again = f", attempt {row.attempts}" if row.attempts > 1 else ""
+    if not row.kept:
+        again += (
+            f", somebody waited for a processor {row.pressed:.0%} of the time, this process {row.lag * 1000:.0f} ms"
+        )
+    verdict = ("kept" if row.kept else "MISSED") + again
+    figures = f"{row.hit * 1000:.0f} | {row.other * 1000:.0f} | {row.stalest * 1000:.0f} | {row.recovered:.2f}"
+    return f"| {row.fault.name} | {row.answers} | {outcomes} | {figures} | {row.logged} | {verdict} |"

@@ -1,0 +1,119 @@
+"""What may happen to a process that serves: how it is broken, and how it is mended."""
+
+import asyncio
+import random
+import resource
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import psutil
+
+from goodstanding.tasks import background
+from tests.faults.scene import Scene
+from tests.live import Line
+from tests.parts import eventually
+
+_FEW = 5
+_MANY = 60
+
+
+@asynccontextmanager
+async def terminated(scene: Scene) -> AsyncIterator[None]:
+    """End it with SIGTERM, as a deployment does, and start it again."""
+    first = scene.served[0]
+    first.signal(signal.SIGTERM)
+    await eventually(lambda: first.process is None or first.process.poll() is not None)
+    try:
+        yield
+    finally:
+        await first.start()
+
+
+@asynccontextmanager
+async def killed(scene: Scene) -> AsyncIterator[None]:
+    """Kill it with SIGKILL, and start it again."""
+    first = scene.served[0]
+    await first.kill()
+    try:
+        yield
+    finally:
+        await first.start()
+
+
+@asynccontextmanager
+async def frozen(scene: Scene) -> AsyncIterator[None]:
+    """Stop it with SIGSTOP."""
+    first = scene.served[0]
+    first.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        first.signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def clients_vanish(scene: Scene) -> AsyncIterator[None]:
+    """Let a hundred clients a second vanish: within their request, after it, or within the answer."""
+
+    async def come_and_go() -> None:
+        while True:
+            await asyncio.sleep(0.01)
+            with suppress(OSError):
+                await vanish(scene.rng.choice(scene.served).port, scene.load.request()[2], scene.rng)
+
+    async with background() as spawn:
+        spawn(come_and_go())
+        yield
+
+
+async def vanish(port: int, request: bytes, rng: random.Random) -> None:
+    """Connect, send some of a request or all of it, wait a moment, read perhaps a little, and reset the connection."""
+    async with Line.to(port) as line:
+        line.writer.write(request[: rng.choice((0, rng.randrange(len(request)), len(request), len(request)))])
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rng.random() ** 2 * 0.02):
+                await line.reader.read(rng.randrange(1, 200))
+
+
+@asynccontextmanager
+async def _clock_moved(scene: Scene, there: signal.Signals, back: signal.Signals) -> AsyncIterator[None]:
+    for one in scene.served:
+        one.signal(there)
+    try:
+        yield
+    finally:
+        for one in scene.served:
+            one.signal(back)
+
+
+@asynccontextmanager
+async def clock_ahead(scene: Scene) -> AsyncIterator[None]:
+    """Move the wall clock of both processes a day ahead, and back."""
+    async with _clock_moved(scene, signal.SIGUSR1, signal.SIGUSR2):
+        yield
+
+
+@asynccontextmanager
+async def clock_back(scene: Scene) -> AsyncIterator[None]:
+    """Move the wall clock of both processes a day back, and ahead."""
+    async with _clock_moved(scene, signal.SIGUSR2, signal.SIGUSR1):
+        yield
+
+
+@asynccontextmanager
+async def descriptors_used_up(scene: Scene) -> AsyncIterator[None]:
+    """Leave it few file descriptors, and let idle clients take them."""
+    process = scene.served[0].process
+    assert process is not None
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    few = psutil.Process(process.pid).num_fds() + _FEW
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
+    async with AsyncExitStack() as stack:
+        for _ in range(_MANY):
+            await stack.enter_async_context(Line.to(scene.served[0].port))
+        await eventually(lambda: psutil.Process(process.pid).num_fds() >= few - 1)
+        try:
+            yield
+        finally:
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)

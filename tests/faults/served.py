@@ -1,0 +1,85 @@
+"""`goodstanding serve`, with a wall clock that signals move, or with a bug that the load must find.
+
+A program of its own, `python -P served.py NAME serve --port N`: it imports nothing from the tests.
+"""
+
+import asyncio
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from goodstanding import cache, cli, main
+from goodstanding.cache import RedisCache
+from goodstanding.reputation_service import ReputationService
+
+_SELDOM: Final = 0.01
+
+
+def _move_the_clock() -> None:
+    """Move the wall clock a day ahead at SIGUSR1, and a day back at SIGUSR2."""
+    ahead = timedelta()
+
+    def move(number: int, _frame: object) -> None:
+        nonlocal ahead
+        ahead += timedelta(days=1 if number == signal.SIGUSR1 else -1)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, move)
+    main.utc_now = lambda: datetime.now(UTC) + ahead  # noqa: TID251 - the edge where time comes in, moved
+    main.unix_now = lambda: time.time() + ahead.total_seconds()  # noqa: TID251 - the same
+
+
+def _mix_people_up() -> None:
+    decode: Any = vars(cache)["decode"]
+    before: list[Any] = []
+
+    def mixed(*words: Any, **options: Any) -> Any:  # noqa: ANN401 - the product's
+        before.append(decode(*words, **options))
+        return before[-2] if len(before) > 1 and random.random() < _SELDOM else before[-1]  # noqa: S311 - a bug
+
+    vars(cache)["decode"] = mixed
+
+
+def _drop_nothing() -> None:
+    async def invalidate(self: RedisCache, user_ids: Any) -> None:  # noqa: ANN401 - the product's
+        await self.say(" ".join(("changed", *user_ids)))
+
+    RedisCache.invalidate = invalidate  # type: ignore[method-assign] # a bug
+
+
+def _fail_seldom() -> None:
+    read = ReputationService.read
+
+    async def fail(*words: Any, **options: Any) -> Any:  # noqa: ANN401 - the product's
+        if random.random() < _SELDOM:  # noqa: S311 - a bug
+            raise KeyError
+        return await read(*words, **options)
+
+    ReputationService.read = fail  # type: ignore[method-assign] # a bug
+
+
+def _wait_seldom() -> None:
+    read = ReputationService.read
+
+    async def wait(*words: Any, **options: Any) -> Any:  # noqa: ANN401 - the product's
+        if random.random() < _SELDOM:  # noqa: S311 - a bug
+            await asyncio.sleep(1.0)
+        return await read(*words, **options)
+
+    ReputationService.read = wait  # type: ignore[method-assign] # a bug
+
+
+def _plant_bugs() -> None:
+    for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom):
+        plant()
+
+
+CHANGED: Final[dict[str, Callable[[], None]]] = {"clock": _move_the_clock, "bugs": _plant_bugs}
+
+if __name__ == "__main__":
+    CHANGED[sys.argv.pop(1)]()
+    cli.app()

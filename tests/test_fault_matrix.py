@@ -1,0 +1,97 @@
+"""The matrix of faults, as far as a minute goes, and the proof that its oracle sees what is wrong.
+
+`make faults` runs all of it, `make cancellation` the requests that vanish, `make soak` the hour.
+"""
+
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import pytest_asyncio
+
+from tests.faults import cancellation
+from tests.faults.matrix import run
+from tests.faults.oracle import Oracle, Person
+from tests.faults.rows import FAULTS
+from tests.faults.scene import STAGES, Scene, scene
+
+_SEED = secrets.randbelow(2**31)
+_RATE = 60.0
+_SLICE = ("Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "PostgreSQL: disk full for the relay")
+_FOUND = ("the answer of ", "stale for ", "500 : not allowed", " after 1.")
+"""What must be said of the bugs that are planted."""
+_BY_NAME = {fault.name: fault for fault in FAULTS}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+    """Give one scene to all faults here."""
+    async with scene(tmp_path_factory.mktemp("scene"), seed=_SEED, rate=_RATE, people=400) as one:
+        yield one
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("name", _SLICE)
+async def test_a_fault_is_survived(made: Scene, name: str) -> None:
+    """Right answers in time, no older than promised, a log line, a metric, and all as before two seconds later."""
+    row = await run(_BY_NAME[name], made)
+    assert row.kept, "\n".join([f"seed {_SEED}", *row.wrong[:10], *row.late[:10]])
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
+    """A third of some thousand requests vanish: nothing is left open or locked, nothing is crossed."""
+    outcome = await cancellation.run(made, 3000)
+    assert [] == outcome.wrong
+    assert outcome.vanished > 500
+
+
+@pytest.mark.slow
+async def test_planted_bugs_are_found(tmp_path: Path) -> None:
+    """Somebody else's answer, a value that no change drops, an error, a delay, once in a hundred: each is seen."""
+    async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
+        row = await run(_BY_NAME["nothing"], one)
+    found = "\n".join((*row.wrong, *row.late))
+    for words in _FOUND:
+        assert words in found
+
+
+def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:
+    """A row of the matrix can be chosen by its name, and run."""
+    assert len(_BY_NAME) == len(FAULTS)
+    assert {fault.stage for fault in FAULTS} <= STAGES.keys()
+
+
+def _told(completed: int, no_shows: int, **changed: object) -> dict[str, object]:
+    score = max(-5, min(20, completed - no_shows))
+    badge = "gold" if score >= 10 else "green" if score >= 0 else "red"
+    told = {"score": score, "badge_color": badge, "completed_sessions": completed, "no_shows": no_shows}
+    return {**told, "cache_timestamp": "2026-05-01T12:00:00Z", **changed}
+
+
+def test_the_oracle_knows_what_must_be_told() -> None:
+    """What was true within the bound is right; older, newer than ever, somebody else's or miscounted is wrong."""
+    nobody = UUID(int=0)
+    me = Person("me", nobody, begun=3, committed=[10.0, 20.0], completed=5, no_shows=2)
+    other = Person("other", nobody, completed=6, no_shows=2)
+    oracle = Oracle([me, other])
+
+    def wrong(answer: dict[str, object] | None, *, bound: float | None = 2.0, asked: float = 21.0) -> str:
+        return oracle.judge(me, answer, asked=asked, bound=bound).wrong
+
+    assert not wrong(_told(5 + 16, 2)), "one second old"
+    assert not wrong(_told(5 + 32, 2))
+    assert not wrong(_told(5 + 48, 2)), "perhaps committed by now"
+    assert not wrong(_told(5, 2), bound=None), "marked as stale"
+    assert "stale for 11.000 s" in wrong(_told(5, 2))
+    assert "stale for 2.500 s" in wrong(_told(5 + 16, 2), asked=22.5)
+    assert "more than the 3" in wrong(_told(5 + 64, 2))
+    assert "more than the 3" in wrong(_told(5 + 64, 2), bound=None)
+    assert "the answer of other" in wrong(_told(6, 2))
+    assert "nobody's counts" in wrong(_told(5, 3))
+    assert "make" in wrong(_told(5 + 32, 2, badge_color="green"))
+    assert "not the five members" in wrong(None)
