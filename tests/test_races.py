@@ -65,9 +65,11 @@ class _DawdlingHistory(SessionHistory):
 
     rng = random.Random(0)  # noqa: S311 - reproducible, not secret
 
-    async def counts(self, user_ids: Sequence[UserId], policy: ReputationPolicy) -> dict[UserId, SessionCounts]:
+    async def counts(
+        self, user_ids: Sequence[UserId], policy: ReputationPolicy, *, deadline: float | None = None
+    ) -> dict[UserId, SessionCounts]:
         """Count, then dawdle for up to 8 ms."""
-        found = await super().counts(user_ids, policy)
+        found = await super().counts(user_ids, policy, deadline=deadline)
         if self.rng.random() < 0.5:
             await asyncio.sleep(self.rng.random() * 0.008)
         return found

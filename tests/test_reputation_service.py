@@ -697,7 +697,7 @@ async def test_a_wait_for_a_holder_that_died_is_bounded(redis_url: str, database
 async def test_who_may_share_a_load(*, started: int | None, begin: int, lease: str | None, expected: bool) -> None:
     """Reads that began before its query did, or that saw its lease: for them nothing can be missing from it."""
     loaded = asyncio.get_running_loop().create_future()
-    flight = _Flight((user(1), user(2)), LoadReason.MISS, "ours", loaded, leased={user(1)}, started=started)
+    flight = _Flight((user(1), user(2)), LoadReason.MISS, "ours", loaded, 0.0, leased={user(1)}, started=started)
     assert expected == flight.serves(user(1), begin=begin, lease=lease)
     assert (expected and lease != "ours") == flight.serves(user(2), begin=begin, lease=lease)
 

@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib.resources import files
 from typing import Any, Final, Protocol, Self
 from urllib.parse import unquote, urlsplit
@@ -23,7 +23,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from goodstanding.breaker import Breaker, watch
 from goodstanding.data import UserId
-from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode
+from goodstanding.entry import Entry, Fetched, Lives, Rejection, decode, encode, is_recent
 from goodstanding.errors import CacheAwayError
 from goodstanding.metrics import CACHE_REJECTED
 from goodstanding.tasks import Spawn, background
@@ -35,9 +35,6 @@ PROBE_SECONDS: Final = 0.5
 
 _MOST_DECODED: Final = 4096
 _SCAN_COUNT: Final = 1000
-_NEWEST: Final = timedelta(seconds=2)
-"""So much younger than the oldest that is believed an entry may be: of now, by a clock that is half a second ahead. One
-that seems younger is of before a clock was set back, and of any age."""
 _PROBE_KEY: Final = "goodstanding:probe"
 _PROBE_MS: Final = 10_000
 _MOST_PROBE_KEYS: Final = 1000
@@ -404,7 +401,7 @@ class RedisCache:
             if len(self._decoded) >= _MOST_DECODED:
                 self._decoded.clear()
             self._decoded[user_id] = text, entry
-        return entry if _is_recent(entry, oldest) else None
+        return entry if is_recent(entry, oldest) else None
 
     def _oldest_of(self, asked: datetime | None) -> datetime | None:
         """Give how old may be what was just read, where this was the answer when it was asked for.
@@ -415,7 +412,7 @@ class RedisCache:
 
     def _is_served(self, text: bytes, user_id: UserId, oldest: datetime | None) -> bool:
         entry = decode(text, user_id=user_id, policy=self._policy)
-        return isinstance(entry, Entry) and _is_recent(entry, oldest)
+        return isinstance(entry, Entry) and is_recent(entry, oldest)
 
     async def _unlink_matching(self, pattern: str) -> int:
         dropped = 0
@@ -456,11 +453,6 @@ class RedisCache:
         if not commands:
             return []
         return await self._wire.send(commands)
-
-
-def _is_recent(entry: Entry, oldest: datetime | None) -> bool:
-    """Tell whether an entry was computed since then; one that seems to come from the future was not."""
-    return oldest is None or oldest <= entry.computed_at <= oldest + _NEWEST
 
 
 async def _disconnect(client: "Redis | RedisCluster") -> None:

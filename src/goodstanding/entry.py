@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -20,6 +20,9 @@ _WRITTEN: Final = re.compile(
 )
 """What `encode` writes, and nothing else: no other order, spelling, type or member. Much faster than reading JSON."""
 
+_NEWEST: Final = timedelta(seconds=2)
+"""So much younger than the oldest that is believed an entry may be: of now, by a clock that is half a second ahead. One
+that seems younger is of before a clock was set back, and of any age."""
 _SEEN: Final = re.compile(rb'":"?(-?[0-9]+|gold|green|red)\b(?=[,"])')
 
 
@@ -88,6 +91,11 @@ class Lives:
     unknown: int
     last_good: int
     lease: int
+
+
+def is_recent(entry: Entry, oldest: datetime | None) -> bool:
+    """Tell whether an entry was computed since then; one that seems to come from the future was not."""
+    return oldest is None or oldest <= entry.computed_at <= oldest + _NEWEST
 
 
 def timestamp(moment: datetime) -> str:

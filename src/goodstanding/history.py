@@ -101,15 +101,17 @@ class SessionHistory:
                         await pool.close()
                 pool.terminate()
 
-    async def counts(self, user_ids: Sequence[UserId], policy: ReputationPolicy) -> dict[UserId, SessionCounts]:
+    async def counts(
+        self, user_ids: Sequence[UserId], policy: ReputationPolicy, *, deadline: float | None = None
+    ) -> dict[UserId, SessionCounts]:
         """Give the counts of 1 to 100 users under a policy; an unknown user's id is absent.
 
-        Raises TemporarilyUnavailableError.
+        Within `deadline` seconds, where it is shorter than the history's. Raises TemporarilyUnavailableError.
         """
         if not 1 <= len(user_ids) <= MOST_IDS:
             message = f"counts takes 1 to {MOST_IDS} users"
             raise ValueError(message)
-        rows = await self._fetch("counts", user_ids, *policy.meaning)
+        rows = await self._fetch("counts", user_ids, *policy.meaning, deadline=deadline)
         return {
             UserId(str(row["user_id"])): SessionCounts(completed=row["completed"], no_shows=row["no_shows"])
             for row in rows
@@ -148,7 +150,10 @@ class SessionHistory:
     async def _fetch(self, name: str, *values: object, deadline: float | None = None) -> list[asyncpg.Record]:
         try:
             with QUERY_SECONDS.labels(name).time():
-                async with asyncio.timeout(deadline or self._deadline), self._lent() as connection:
+                async with (
+                    asyncio.timeout(self._deadline if deadline is None else deadline),
+                    self._lent() as connection,
+                ):
                     return await connection.fetch(QUERIES[name], *values)
         except (asyncpg.DataError, asyncpg.CheckViolationError):
             raise InvalidInputError from None

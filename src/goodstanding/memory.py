@@ -9,7 +9,7 @@ from typing import Final
 
 from goodstanding.cache import Cache
 from goodstanding.data import Clock, UserId
-from goodstanding.entry import Entry, Fetched, Lives
+from goodstanding.entry import Entry, Fetched, Lives, is_recent
 
 _EVICTIONS: Final = 10_000
 """So many evictions are remembered, for the reads that are under way."""
@@ -163,9 +163,7 @@ class MemoryCache:
 
 def _served(slot: _Slot, now: float, oldest: datetime | None) -> Entry | None:
     kept = slot.kept
-    if kept is None or now >= kept.until or (oldest is not None and kept.entry.computed_at < oldest):
-        return None
-    return kept.entry
+    return kept.entry if kept is not None and now < kept.until and is_recent(kept.entry, oldest) else None
 
 
 @dataclass(slots=True)

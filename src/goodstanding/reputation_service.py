@@ -112,6 +112,8 @@ class _Flight:
     reason: LoadReason
     token: str
     loaded: "asyncio.Future[_Loaded]"
+    until: float
+    """The moment, on the loop's clock, until which it may wait and ask."""
     before: "tuple[_Flight, ...]" = ()
     """Loads of the same users that were under way when this one was begun."""
     leased: set[UserId] = field(default_factory=set)
@@ -254,6 +256,12 @@ class ReputationService:
 
         A `look` at this user that was taken for this read is not taken again.
         """
+        answer = await self._read(user_id, use_cache=use_cache, look=look)
+        if answer.entry.body is None:
+            raise UserNotFoundError
+        return answer
+
+    async def _read(self, user_id: UserId, *, use_cache: bool, look: Look | None = None) -> Answer:
         if look is None:
             entry = self._cache.peek(user_id) if use_cache else None
             look = Look(next(self._events), {user_id: None})
@@ -261,10 +269,7 @@ class ReputationService:
                 self._note(look, [Fetched(entry, None)])
             elif use_cache:
                 look = await self._looked(user_id)
-        answer = look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
-        if answer.entry.body is None:
-            raise UserNotFoundError
-        return answer
+        return look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
 
     async def read_many(self, user_ids: Sequence[UserId], *, use_cache: bool = True) -> Mapping[UserId, Answer]:
         """Answer for up to 100 distinct users with one cache round trip and at most one query.
@@ -449,7 +454,9 @@ class ReputationService:
     def _take_off(self, user_ids: tuple[UserId, ...], look: Look, *, token: str, leased: set[UserId]) -> _Flight:
         future: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
         before = {self._flights[user] for user in user_ids if user in self._flights}
-        flight = _Flight(user_ids, look.reason, token, future, tuple(before), leased, newest=look.begin)
+        flight = _Flight(
+            user_ids, look.reason, token, future, self._deadline(), tuple(before), leased, newest=look.begin
+        )
         self._flights.update(dict.fromkeys(user_ids, flight))
         foreign = {user for user in user_ids if look.leases[user] is not None}
         task = self._spawn(self._fly(flight, foreign=foreign))
@@ -522,7 +529,8 @@ class ReputationService:
         """Let earlier loads of the same users end: without a lease, one runs and one waits, however many ask."""
         before, flight.before = flight.before, ()
         if before:
-            await asyncio.wait([earlier.loaded for earlier in before], timeout=self._load_deadline)
+            left = flight.until - asyncio.get_running_loop().time()
+            await asyncio.wait([earlier.loaded for earlier in before], timeout=max(0.0, left))
 
     async def _lease(self, flight: _Flight, foreign: set[UserId]) -> None:
         seize = flight.reason is LoadReason.REQUEST
@@ -556,17 +564,20 @@ class ReputationService:
         if not self._database.closed:
             raise TemporarilyUnavailableError
         try:
-            async with asyncio.timeout(self._load_deadline) if self._slots.locked() else nullcontext():
+            async with asyncio.timeout_at(flight.until) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             raise TemporarilyUnavailableError from None
+        left = max(0.0, flight.until - asyncio.get_running_loop().time())
         try:
             flight.started = next(self._events)
             now = self._clock()
             LOADS.labels(flight.reason.value).inc(len(flight.users))
-            counts = await self._history.counts(flight.users, self.policy)
+            counts = await self._history.counts(flight.users, self.policy, deadline=left)
         except TemporarilyUnavailableError:
-            self._database.failed()
+            if left > self._load_deadline * _MOST_WAIT:
+                # One that had waited for its turn for long says little about PostgreSQL.
+                self._database.failed()
             raise
         finally:
             self._slots.release()
@@ -577,6 +588,9 @@ class ReputationService:
             user: Entry.of(self._calculator.calculate(counts[user], now=now)) if user in counts else Entry(None, now)
             for user in flight.users
         }
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._load_deadline
 
     def _keep_pace(self) -> None:
         now, ended_at = asyncio.get_running_loop().time(), self._ended_at
@@ -594,7 +608,8 @@ class ReputationService:
 
     async def _refresh(self, user_ids: tuple[UserId, ...]) -> None:
         """Load ahead of expiry those users whose lease is free; a failure leaves the entries as they are."""
-        flight = _Flight(user_ids, LoadReason.REFRESH, _token(), asyncio.get_running_loop().create_future())
+        future: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
+        flight = _Flight(user_ids, LoadReason.REFRESH, _token(), future, self._deadline())
         try:
             with suppress(CacheAwayError):
                 await self._lease(flight, set())
