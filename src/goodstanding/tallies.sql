@@ -4,10 +4,6 @@
 -- Whether a change waits to be folded; cheap enough to ask many times a second.
 select reputation.pending()
 
--- name: pending
--- Whether a change waits to be folded; cheap enough to ask many times a second.
-select reputation.pending()
-
 -- name: fold
 -- Fold pending changes; commit once nobody can be served what was known before.
 select folded, everybody, user_ids, oldest from reputation.fold($1::integer)

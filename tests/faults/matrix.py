@@ -81,18 +81,18 @@ class Row:
         return not self.wrong and not self.late
 
 
-async def run(fault: Fault, scene: Scene) -> Row:
-    """Run a fault; again where only times were missed, or this process itself did not get to run."""
+async def run(fault: Fault, scene: Scene, *, timed: bool = True) -> Row:
+    """Run a fault; again where only times were missed, if they matter, or this process itself did not get to run."""
     try:
-        return await _attempts(fault, scene)
+        return await _attempts(fault, scene, timed=timed)
     except Exception as error:  # noqa: BLE001 - told in the row
         return Row(fault, wrong=[f"it could not be run: {error!r}"], broken=True)
 
 
-async def _attempts(fault: Fault, scene: Scene) -> Row:
+async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
     row = await _run(fault, scene)
     # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
-    while not row.kept and row.attempts < _ATTEMPTS and (not row.wrong or row.lag > _LAG):
+    while not row.kept and row.attempts < _ATTEMPTS and (row.lag > _LAG if row.wrong else timed):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
         missed = [*before.wrong, *before.late]
