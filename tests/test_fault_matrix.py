@@ -52,7 +52,7 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 
 @pytest.mark.slow
 async def test_planted_bugs_are_found(tmp_path: Path) -> None:
-    """Somebody else's answer, a value that no change drops, an error, a delay, once in a hundred: each is seen."""
+    """Somebody else's answer, a value that no change drops, an error, a delay, each now and then: each is seen."""
     async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
         row = await run(_BY_NAME["nothing"], one)
     found = "\n".join((*row.wrong, *row.late))

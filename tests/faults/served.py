@@ -16,7 +16,7 @@ from goodstanding import cache, cli, main
 from goodstanding.cache import RedisCache
 from goodstanding.reputation_service import ReputationService
 
-_SELDOM: Final = 0.01
+_SELDOM: Final = 0.08
 
 
 def _move_the_clock() -> None:
