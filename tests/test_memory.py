@@ -41,8 +41,10 @@ async def test_it_never_holds_more_than_its_capacity() -> None:
     """Any number of users asked for, known or not, cost a bounded amount of memory."""
     cache = MemoryCache(lives=LIVES, capacity=100)
     for number in range(1000):
-        await cache.lease([user(number)], "t1")
-    assert 100 == len(cache._slots)  # noqa: SLF001 - the bound itself
+        await _remember(cache, user(number))
+        await cache.lease([user(1000 + number)], "t1")
+    assert (100, 100) == (len(cache._filled), len(cache._leases))  # noqa: SLF001 - the bound itself
+    await cache.invalidate_all()
     assert 0 == await cache.invalidate_all()
 
 

@@ -683,6 +683,15 @@ async def test_a_wait_for_a_holder_that_died_is_bounded(redis_url: str, database
         assert [Fetched(None, "dead")] == await elsewhere.fetch([truth.user_id])
 
 
+async def test_a_wait_leaves_time_for_a_query(redis_url: str, database: Database) -> None:
+    """However long `cache_wait` is, half of the load deadline remains."""
+    truth = await Truth.of(database, 2)
+    async with open_redis(redis_url) as cache, open_redis(redis_url) as elsewhere:
+        await elsewhere.lease([truth.user_id], "dead")
+        async with open_service(cache, database.service_url, load_deadline=2.0, cache_wait=5.0) as service:
+            assert (2, "miss") == await _told(service, truth.user_id)
+
+
 @pytest.mark.parametrize(
     ("started", "begin", "lease", "expected"),
     [

@@ -23,6 +23,8 @@ _WRITTEN: Final = re.compile(
 _NEWEST: Final = timedelta(seconds=2)
 """So much younger than the oldest that is believed an entry may be: of now, by a clock that is half a second ahead. One
 that seems younger is of before a clock was set back, and of any age."""
+_MOMENT: Final = slice(-len('2026-11-22T16:39:00.123456Z"}'), -len('"}'))
+"""Where a body tells when it was computed."""
 _SEEN: Final = re.compile(rb'":"?(-?[0-9]+|gold|green|red)\b(?=[,"])')
 
 
@@ -37,20 +39,36 @@ class Rejection(StrEnum):
 class Entry:
     """A user's reputation as computed at `computed_at`, as it is sent: `body` is None where no such user existed then.
 
-    A process keeps very many of them, and a hit never needs more: `data` and `seen` are read from the body for whoever
-    asks.
+    A process keeps very many of them, packed, and a hit never needs more than the body: whatever else it tells is read
+    from it for whoever asks.
     """
 
-    __slots__ = ("body", "computed_at")
+    __slots__ = ("_computed_at", "body")
 
-    def __init__(self, body: bytes | None, computed_at: datetime) -> None:
+    def __init__(self, body: bytes | None, computed_at: datetime | None = None) -> None:
         self.body = body
-        self.computed_at = computed_at
+        self._computed_at = computed_at
 
     @classmethod
     def of(cls, data: ReputationData) -> "Entry":
         """Write a reputation that was just computed."""
         return cls(body(data), data.cache_timestamp)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "Entry":
+        """Read what `pack` wrote."""
+        return cls(packed) if packed.startswith(b"{") else cls(None, datetime.fromisoformat(packed.decode()))
+
+    def pack(self) -> bytes:
+        """Write it as one value: the body, which tells when it was computed, or that moment alone."""
+        return timestamp(self.computed_at).encode() if self.body is None else self.body
+
+    @property
+    def computed_at(self) -> datetime:
+        """When it was computed: an aware UTC moment."""
+        if self._computed_at is None:
+            self._computed_at = datetime.fromisoformat((self.body or b"")[_MOMENT].decode())
+        return self._computed_at
 
     @property
     def seen(self) -> bytes:

@@ -99,7 +99,7 @@ class Prepared(Ready):
     def holds(self, entry: Entry, now: float) -> bool:
         """Tell whether this is still the answer, and nothing else is to be done about the entry."""
         return (
-            self._body is entry.body and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
+            self._body == entry.body and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
         )
 
 

@@ -29,7 +29,8 @@ _POLL_SECONDS: Final = (0.002, 0.02)
 _PROBE_SECONDS: Final = 0.5
 _CHECK_SECONDS: Final = 1.0
 _MOST_WAIT: Final = 0.5
-"""Of the load deadline: how long a load that would have to wait for its turn may expect to wait."""
+"""Of the load deadline: how long a load may wait for another process, and expect to wait for its turn. The rest is for
+its own query."""
 
 _PACE_WEIGHT: Final = 0.1
 _HITS: Final = CACHE_READS.labels("hit")
@@ -543,7 +544,7 @@ class ReputationService:
     async def _wait_for_other(self, flight: _Flight) -> Entry | None:
         """Wait for the value that another process is loading, or for its lease; None: load it ourselves."""
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + self._cache_wait
+        give_up = min(loop.time() + self._cache_wait, flight.until - self._load_deadline * (1 - _MOST_WAIT))
         while (left := give_up - loop.time()) > 0:
             await asyncio.sleep(min(left, self._random(*_POLL_SECONDS)))
             asked = next(self._events)

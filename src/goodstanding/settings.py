@@ -116,7 +116,12 @@ class Settings(BaseSettings):
     ] = 3600
     cache_wait_ms: Annotated[
         int,
-        Field(ge=0, le=2000, description="Longest wait for another process's load of the same user, in milliseconds."),
+        Field(
+            ge=0,
+            le=2000,
+            description="Longest wait for another process's load of the same user, in milliseconds; in any case at "
+            "most half of the load deadline.",
+        ),
     ] = 200
     memory_entries: Annotated[
         int, Field(ge=100, le=10_000_000, description="Most users kept in a process's memory, with or without Redis.")

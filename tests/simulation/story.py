@@ -104,8 +104,8 @@ def draw_plan(rng: random.Random, scenario: str) -> Plan:
         users=rng.choice((1, 1, 2, 3)),
         strangers=rng.choice((0, 0, 1)),
         delays=tuple(rng.choice((0.0, 0.0001, slowest / 4, slowest * rng.random(), slowest)) for _ in range(16)),
-        # A read may wait for two loads before its own, and shall still be answered within the deadline.
-        query_delay=deadline / 1000 * rng.choice((0.01, 0.1, 0.25)),
+        # A read may wait for half of the deadline before its own query, which takes two of these at most.
+        query_delay=deadline / 1000 * rng.choice((0.01, 0.1, 0.2)),
         hesitation=rng.choice((0.0, 0.0, 0.02)),
         skew=rng.choice((0.0, 0.0, 0.1)),
         batch=rng.choice((1, 2, 2000)),
