@@ -382,11 +382,12 @@ async def _sample(postgres: Postgres, sample: Sample) -> str:
 
 
 def _inherited() -> dict[str, str]:
-    """Give the environment without settings of the service that the caller may have."""
+    """Give the environment without what the caller may have set for the service, or for how Python starts."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("GOODSTANDING_") and name not in {"DATABASE_URL", "REDIS_URL", "SUPABASE_JWT_SECRET"}
+        if not name.startswith(("GOODSTANDING_", "PYTHON"))
+        and name not in {"DATABASE_URL", "REDIS_URL", "SUPABASE_JWT_SECRET"}
     }
 
 

@@ -504,7 +504,7 @@ class TestServe:
         monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
         seen: dict[str, Any] = {}
 
-        def run(target: str, **options: object) -> None:
+        def run(target: object, **options: object) -> None:
             seen.update(options, target=target, metrics=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
 
         monkeypatch.setattr(uvicorn, "run", run)
@@ -513,7 +513,10 @@ class TestServe:
         environment = {**_FINE, "GOODSTANDING_REDIS_URL": "redis://127.0.0.1:1", "PORT": "8123"}
         assert 0 == _run("serve", "--workers", str(workers), environment=environment).exit_code
         assert (most, most) == resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert "goodstanding.main:create_served_app" == seen["target"]
+        if workers > 1:
+            assert ("goodstanding.main:create_served_app", True) == (seen["target"], seen["factory"])
+        else:
+            assert ("Goodstanding", False) == (seen["target"].title, seen["factory"])
         assert ("127.0.0.1", 8123, workers) == (seen["host"], seen["port"], seen["workers"])
         assert seen["proxy_headers"] is False
         assert (workers > 1) is (seen["metrics"] is not None)

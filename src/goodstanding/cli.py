@@ -25,7 +25,7 @@ from goodstanding import migrate as migrations
 from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
 from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
-from goodstanding.main import create_app, open_relay, open_service
+from goodstanding.main import create_served_app, open_relay, open_service
 from goodstanding.reputation_service import MOST_USERS, Answer, Source
 from goodstanding.settings import Settings, load_settings
 
@@ -103,7 +103,7 @@ def serve(
     with _readable_errors():
         settings = _settings()
         # Whatever is wrong is told here in one line, not by a worker in a traceback.
-        create_app(settings)
+        app = create_served_app(settings)
         if workers > 1 and not settings.redis_url.get_secret_value() and settings.session_database() is None:
             message = (
                 "GOODSTANDING_RELAY_DATABASE_URL: without Redis, workers hear of changes from PostgreSQL, "
@@ -117,8 +117,8 @@ def serve(
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         uvicorn.run(
-            "goodstanding.main:create_served_app",
-            factory=True,
+            app if workers == 1 else "goodstanding.main:create_served_app",
+            factory=workers > 1,
             host=host,
             port=port,
             workers=workers,

@@ -47,7 +47,7 @@ _SAID: Final = frozenset({b"authorization", b"if-none-match", b"x-request-id"})
 _HITS: Final = CACHE_READS.labels("hit")
 _LINES: Final = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _MOST_HEADS: Final = 4096
-_MOST_PREPARED: Final = 4096
+_MOST_PREPARED: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)

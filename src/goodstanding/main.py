@@ -342,9 +342,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def create_served_app() -> FastAPI:
+def create_served_app(settings: Settings | None = None) -> FastAPI:
     """Build the application as `goodstanding serve` runs it in each worker process: with its log lines set up."""
-    settings = load_settings()
+    settings = load_settings() if settings is None else settings
     logs.configure(settings)
     forget_ended_processes()
     app = create_app(settings)
