@@ -10,6 +10,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.allocations import allocations
 from benchmarks.environment import Cores, describe, opened
 from benchmarks.figures import FULL, QUICK, Figure
 from benchmarks.figures import MEASUREMENTS as READS
@@ -27,6 +28,7 @@ MEASUREMENTS: Final = {
     "load": load,
     "overload": overload,
     "resources": resources,
+    "allocations": allocations,
 }
 _RESULTS: Final = Path(__file__).parent / "results"
 _NOISE: Final = 0.15

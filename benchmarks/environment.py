@@ -160,11 +160,20 @@ class Environment:
 
     @contextmanager
     def goodstanding(
-        self, *, pinned: bool = True, workers: int = 1, settings: Mapping[str, str] | None = None
+        self,
+        *,
+        pinned: bool = True,
+        workers: int = 1,
+        settings: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
     ) -> Iterator[Serving]:
-        """Run `goodstanding serve` as a user does, by default in one process on the measured core alone."""
+        """Run `goodstanding serve` as a user does, by default in one process on the measured core alone.
+
+        `under` is the command of a profiler that runs it.
+        """
         port = _free_port()
         command = [
+            *under,
             *(str(Path(sys.executable).with_name("goodstanding")), "serve", "--host", HOST, "--port", str(port)),
             *(("--workers", str(workers)) if workers > 1 else ()),
         ]
