@@ -292,13 +292,15 @@ class Fleet:
 
     async def _read(self, served: Served, line: Line, ledger: Ledger) -> int | None:
         began = self.now
+        # Who asked in the last moments of an outage may be answered after it.
+        unavailable = self.unavailable
         who = f"{began:.3f}: process {self.served.index(served)}: {ledger.user}"
         status, head, text = await line.get(SINGLE.format(ledger.user))
         self.reads += 1
         stale = b"ttl=-" in head
         if status == 503 or stale:
             self.outcomes["503" if status == 503 else "marked stale"] += 1
-            if not self.unavailable:
+            if not (unavailable or self.unavailable):
                 self.wrong.append(f"{who}: {status}, {self.now - began:.3f} s later, while everything was there")
             return None
         if status != 200:
