@@ -284,7 +284,8 @@ class Generator:
         self._group = asyncio.TaskGroup()
         self._connections: list[Connection] = []
         self._idle: deque[Connection] = deque()
-        self._waiting: deque[float] = deque()
+        self._waiting: list[float] = []
+        self._rng = random.Random(0)  # noqa: S311 - repeatable
         self._under_way = 0
         self._until = 0.0
         self._loop = asyncio.get_running_loop()
@@ -381,8 +382,12 @@ class Generator:
             self._under_way -= 1
 
     def _on_open(self, connection: Connection, now: float) -> None:
-        while self._waiting:
-            due = self._waiting.popleft()
+        waiting = self._waiting
+        while waiting:
+            # Callers do not queue: each is on its own, and whoever is lucky gets the connection.
+            chosen = self._rng.randrange(len(waiting))
+            waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
+            due = waiting.pop()
             if now - due <= self._load.patience:
                 connection.send(self._next(), due)
                 return

@@ -20,7 +20,7 @@ _CACHED: Final = 10_000
 _CLOSED: Final = {64: CROWD // 5, 256: CROWD // 5}
 """Connections that look for the peak, and how many there are for them whom nobody asked for."""
 _SPARE: Final = 0.9
-_ASK_EVERY: Final = 0.1
+_ASK_EVERY: Final = 0.5
 _ASKED: Final = ("/health/live", "/metrics")
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ import structlog
 import typer
 import uvicorn
 from typer.testing import CliRunner, Result
+from uvicorn.supervisors import Multiprocess
 
 import goodstanding
 from goodstanding import cli, demo
@@ -503,21 +504,28 @@ class TestServe:
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "unset below")
         monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
         seen: dict[str, Any] = {}
+        port = free_port()
 
-        def run(target: object, **options: object) -> None:
-            seen.update(options, target=target, metrics=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+        def run(server: uvicorn.Server | Multiprocess, sockets: Sequence[socket.socket] = ()) -> None:
+            sockets = getattr(server, "sockets", sockets)
+            seen.update(vars(server.config), sockets=sockets, metrics=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+            server.started = True  # type: ignore[union-attr] # whoever runs several does not ask
+            for one in sockets:
+                one.close()
 
-        monkeypatch.setattr(uvicorn, "run", run)
+        monkeypatch.setattr(uvicorn.Server, "run", run)
+        monkeypatch.setattr(Multiprocess, "run", run)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most - 1, most))
-        environment = {**_FINE, "GOODSTANDING_REDIS_URL": "redis://127.0.0.1:1", "PORT": "8123"}
+        environment = {**_FINE, "GOODSTANDING_REDIS_URL": "redis://127.0.0.1:1", "PORT": str(port)}
         assert 0 == _run("serve", "--workers", str(workers), environment=environment).exit_code
         assert (most, most) == resource.getrlimit(resource.RLIMIT_NOFILE)
         if workers > 1:
-            assert ("goodstanding.main:create_served_app", True) == (seen["target"], seen["factory"])
+            assert ("goodstanding.main:create_served_app", True) == (seen["app"], seen["factory"])
         else:
-            assert ("Goodstanding", False) == (seen["target"].title, seen["factory"])
-        assert ("127.0.0.1", 8123, workers) == (seen["host"], seen["port"], seen["workers"])
+            assert ("Goodstanding", False) == (seen["app"].title, seen["factory"])
+        assert 16 == len(seen["sockets"])
+        assert ("127.0.0.1", port, workers) == (seen["host"], seen["port"], seen["workers"])
         assert seen["proxy_headers"] is False
         assert (workers > 1) is (seen["metrics"] is not None)
 

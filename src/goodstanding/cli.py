@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Coroutine, Iterator
@@ -18,6 +19,8 @@ import uvicorn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
 
 from goodstanding import doctor as doctor_checks
 from goodstanding import logs, tallies
@@ -38,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_ACCEPTED_AT_ONCE: Final = 16
 _out = Console()
 _err = Console(stderr=True)
 _BADGES: Final = {BadgeColor.GOLD: "bold yellow", BadgeColor.GREEN: "bold green", BadgeColor.RED: "bold red"}
@@ -116,7 +120,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="goodstanding-metrics-") as folder:
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        uvicorn.run(
+        config = uvicorn.Config(
             app if workers == 1 else "goodstanding.main:create_served_app",
             factory=workers > 1,
             host=host,
@@ -133,6 +137,23 @@ def serve(
             # and it would be killed again and again.
             timeout_worker_healthcheck=60,
         )
+        with suppress(KeyboardInterrupt):
+            if workers > 1:
+                Multiprocess(config, _listening(config)).run()
+            else:
+                server = uvicorn.Server(config)
+                server.run(_listening(config))
+                if not server.started:
+                    raise typer.Exit(STARTUP_FAILURE)
+
+
+def _listening(config: uvicorn.Config) -> list[socket.socket]:
+    """Bind the one address, as often as a turn of the loop shall accept a connection.
+
+    uvloop accepts one for each socket in each turn; under load a turn is long, and whoever comes would wait for many.
+    """
+    bound = config.bind_socket()
+    return [bound, *(bound.dup() for _ in range(_ACCEPTED_AT_ONCE - 1 if find_spec("uvloop") is not None else 0))]
 
 
 def _http_protocol() -> str:
