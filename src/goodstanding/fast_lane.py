@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from http import HTTPStatus
+from random import getrandbits
 from typing import Final
 
 from prometheus_client import Histogram
@@ -65,7 +66,7 @@ class Asked:
 
     def request_id(self) -> bytes:
         """Give the request's id: another one each time, where the caller gave it none."""
-        return request_id(self.called).encode()
+        return request_id(self.called).encode() if self.called is not None else b"%032x" % getrandbits(128)
 
 
 class Ready:
@@ -224,8 +225,12 @@ class FastLane:
         if runtime is None or entry is None or entry.body is None:
             return None
         now = self._now()
-        prepared = self._prepare(runtime, user, entry, asked, now)
-        if not prepared.holds(entry, now) or runtime.limiter.admit(asked.rate_key, LimitKind.READ, now):
+        prepared = self._kept(user, entry, asked, now)
+        if prepared is None:
+            prepared = self._prepare(runtime, user, entry, asked, now)
+            if not prepared.holds(entry, now):
+                return None
+        if runtime.limiter.admit(asked.rate_key, LimitKind.READ, now):
             return None
         self._hits += 1
         return prepared
@@ -249,7 +254,9 @@ class FastLane:
                 ready = _REFUSED
             elif answer is not None and answer.entry.body is not None:
                 now = self._now()
-                prepared = self._prepare(runtime, user_id, answer.entry, asked, now)
+                prepared = self._kept(user_id, answer.entry, asked, now) or self._prepare(
+                    runtime, user_id, answer.entry, asked, now
+                )
                 if prepared.ttl == answer.ttl:
                     ready = prepared
             tell(ready, look)
@@ -277,14 +284,16 @@ class FastLane:
             metric = self._metrics[labels] = REQUEST_SECONDS.labels(READ_PATH, *labels)
         metric.observe(seconds)
 
-    def _prepare(self, runtime: Runtime, user: str, entry: Entry, asked: Asked, now: float) -> Prepared:
+    def _kept(self, user: str, entry: Entry, asked: Asked, now: float) -> Prepared | None:
         prepared = self._prepared.get(user) if not asked.conditions else None
-        if prepared is None or not prepared.holds(entry, now):
-            prepared = Prepared(entry, runtime.service.horizon(entry), now, asked)
-            if not asked.conditions:
-                if len(self._prepared) >= _MOST_PREPARED:
-                    self._prepared.clear()
-                self._prepared[user] = prepared
+        return prepared if prepared is not None and prepared.holds(entry, now) else None
+
+    def _prepare(self, runtime: Runtime, user: str, entry: Entry, asked: Asked, now: float) -> Prepared:
+        prepared = Prepared(entry, runtime.service.horizon(entry), now, asked)
+        if not asked.conditions:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[user] = prepared
         return prepared
 
     def _admit(self, runtime: Runtime, user: str, asked: Asked) -> UserId | None:

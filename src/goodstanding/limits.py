@@ -142,11 +142,12 @@ class RateLimiter:
             elif number < caller.number:
                 # The clock was set back: stay at the beginning of the window that had been reached.
                 elapsed = 0
-        previous, current = caller.previous.total, caller.current.total
+        count = caller.current
+        previous, current = caller.previous.total, count.total
         if previous * (_WINDOW - elapsed) + (current + 1) * _WINDOW > limit * _WINDOW:
             return _wait(previous, current, elapsed, limit)
-        caller.current.untold += 1
-        if self._counters is not None:
+        count.untold += 1
+        if count.untold == 1 and self._counters is not None:
             self._untold[kind, caller_key] = caller
         return 0
 
