@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from typing import Any, Final
 
 import asyncpg
@@ -562,6 +563,21 @@ class TestRelay:
         assert "Traceback" not in told
 
 
+def _status(connection: socket.socket) -> int:
+    answer = HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 async def _is_pending(backend: Backend) -> bool:
     async with backend.database.owner() as owner:
         waits: bool = await owner.fetchval("select reputation.pending()")
@@ -597,6 +613,27 @@ class TestProcess:
             told, _ = process.communicate(timeout=30)
         assert (2, 1) == (process.returncode, told.count("\n"))
         assert told.startswith("goodstanding: GOODSTANDING_DEV_AUTH: ")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("cut", [0, 20])
+    def test_a_process_that_was_stopped_answers_what_came_meanwhile(self, backend: Backend, cut: int) -> None:
+        """Time that it did not have ends no connection, be it idle or in the middle of a request."""
+        port = free_port()
+        request = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+        variables = environment_of(backend.settings())
+        with command("goodstanding", "serve", "--port", str(port), environment=variables) as process:
+            wait_until(lambda: _listens(port))
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(request)
+                assert 200 == _status(connection)
+                connection.sendall(request[:cut])
+                time.sleep(0.5)
+                process.send_signal(signal.SIGSTOP)
+                # Longer than an idle connection lives, or a request may take to arrive.
+                time.sleep(9.0)
+                connection.sendall(request[cut:])
+                process.send_signal(signal.SIGCONT)
+                assert 200 == _status(connection)
 
     def test_the_port_is_taken(self, backend: Backend) -> None:
         """A port that somebody else has ends `serve` with a status that is not 0, without a traceback."""

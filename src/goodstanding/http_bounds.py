@@ -29,6 +29,8 @@ MOST_MESSAGE: Final = 1 << 20
 _REQUEST_SECONDS: Final = 8.0
 _LINGER_SECONDS: Final = 1.0
 _STALL_SECONDS: Final = 30.0
+_LATE_SECONDS: Final = 0.5
+_MOMENT_SECONDS: Final = 0.05
 _USED: Final = (
     *("cycle", "headers", "loop", "scope", "server_state", "timeout_keep_alive", "timeout_keep_alive_handler"),
     *("timeout_keep_alive_task", "transport", "send_400_response"),
@@ -135,6 +137,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, whether or not the client reads what was sent."""
+        if self._rings_late(self.timeout_keep_alive_task):
+            self.timeout_keep_alive_task = self.loop.call_later(_MOMENT_SECONDS, self.timeout_keep_alive_handler)
+            return
         super().timeout_keep_alive_handler()
         self._hurry()
 
@@ -161,6 +166,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """Tell whether the last request has arrived and is being answered."""
         return not self._is_answered() and not self.cycle.more_body
 
+    def _rings_late(self, timer: asyncio.TimerHandle | None) -> bool:
+        """Tell whether a timer rings long after its time: the process was stopped, and has not read what came since."""
+        return timer is not None and self.loop.time() - timer.when() > _LATE_SECONDS
+
     def _arrived(self) -> None:
         if self._arrival is not None:
             self._arrival.cancel()
@@ -168,6 +177,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _overdue(self) -> None:
         """End what did not arrive in time; say so, unless something has been said."""
+        if self._rings_late(self._arrival):
+            self._wait(_MOMENT_SECONDS)
+            return
         self._arrival = None
         if self.timeout_keep_alive_task is not None or self.transport.is_closing():
             return
