@@ -551,6 +551,7 @@ async def test_the_circuit_opens_on_a_refusal(redis_cache: RedisCache, redis_url
         with pytest.raises(CacheAwayError):
             await redis_cache.lease([_ME], "t1")
         assert not redis_cache.available
+        assert 0 == metric("goodstanding_dependency_up", dependency="redis")
         for call in (
             redis_cache.fetch([_ME]),
             redis_cache.fetch_last_good([_ME]),
@@ -564,6 +565,7 @@ async def test_the_circuit_opens_on_a_refusal(redis_cache: RedisCache, redis_url
                 await call
         await client.config_set("maxmemory", 0)
     await eventually(lambda: redis_cache.available)
+    assert 1 == metric("goodstanding_dependency_up", dependency="redis")
 
 
 async def test_dropping_everybody_fails_when_redis_goes_away(
@@ -917,6 +919,22 @@ async def test_a_subscription_that_nobody_confirms_fails(redis_url: str) -> None
 async def _listen(cache: RedisCache) -> None:
     async with cache.subscription(lambda _: None, lambda: None, lambda: None):
         pass
+
+
+async def test_a_new_connection_for_commands_ends_the_subscription(redis_url: str) -> None:
+    """It may lead to another Redis, of which nothing was heard so far."""
+    lost = asyncio.Event()
+    async with (
+        open_redis(redis_url) as cache,
+        admin(redis_url) as client,
+        cache.subscription(lambda _: None, lost.set, lambda: None),
+    ):
+        assert [_NOTHING] == await cache.fetch([_ME])
+        assert not lost.is_set()
+        await client.client_kill_filter(_type="normal", skipme=True)
+        await eventually(lambda: _answers(cache))
+        async with asyncio.timeout(PATIENT):
+            await lost.wait()
 
 
 async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
