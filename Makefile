@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live faults cancellation soak simulate fuzz check lint types imports format bench bench-check growth audit sbom alerts clean
+.PHONY: help run test coverage quick live faults cancellation soak simulate fuzz mutation check lint types imports format bench bench-check growth audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,17 @@ simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, 
 fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60; Linux on x86-64)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
+.venv/.mutation: .venv/.ready
+	@VIRTUAL_ENV= $(BIN)/uv sync --quiet --frozen --inexact --all-extras --group mutation --python $(BIN)/python
+	@touch $@
+
+# Without ONLY all of it, anew; with it, these changes again, the others as they were.
+mutation: .venv/.mutation ## change four modules in every small way, and tell which changes no test notices (ONLY='goodstanding.auth*')
+	@test -n "$(ONLY)" || rm -rf mutants
+	@$(BIN)/mutmut run --max-children $(or $(CHILDREN),2) $(if $(ONLY),'$(ONLY)')
+	@$(BIN)/mutmut results
+	@$(BIN)/mutmut results --all true | sed -nE 's/^ *goodstanding\.([a-z]+)\..*: (.*)/\1: \2/p' | sort | uniq -c
+
 check: lint types imports ## everything that reads the code without running it
 
 lint: .venv/.ready
@@ -104,4 +115,4 @@ alerts: ## check the Prometheus rules and their tests (needs promtool)
 	@promtool test rules deploy/prometheus/alerts_test.yml
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist
+	rm -rf .venv .fuzz mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* dist

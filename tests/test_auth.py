@@ -775,6 +775,53 @@ async def test_before_the_first_keys_a_token_that_needs_them_is_answered_with_tr
         assert SUBJECT == checker.verify(asymmetric(EC_KEY)).subject
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """List for how long it is slept between two fetches, and let almost nothing of it pass."""
+    seen: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        if seconds >= 0.1:
+            seen.append(seconds)
+        await sleep(min(seconds, 0.005))
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("chance", "expected"), [(0.0, 90.0), (0.5, 100.0), (0.75, 105.0)])
+async def test_fetches_of_a_fleet_are_spread(
+    server: KeyServer, pauses: list[float], chance: float, expected: float
+) -> None:
+    """Each fetch comes up to 10 % earlier or later than the interval."""
+    server.answer = server.publishes(published(EC_KEY))
+    async with KeySet(server.url, refresh_seconds=100, chance=lambda: chance):
+        await until(lambda: len(pauses) >= 3)
+    assert [expected] * 3 == pytest.approx(pauses[:3])
+
+
+async def test_the_settings_say_how_often_keys_are_fetched(server: KeyServer, pauses: list[float]) -> None:
+    """The interval comes from the settings, and no two processes keep the same pace."""
+    server.answer = server.publishes(published(EC_KEY))
+    key_set = KeySet.from_settings(load_settings(jwks_url=server.url, jwks_refresh_seconds=50))
+    assert key_set is not None
+    async with key_set:
+        await until(lambda: len(pauses) >= 10)
+    assert all(45 <= pause <= 55 for pause in pauses)
+    assert 1 < len(set(pauses))
+
+
+async def test_the_first_keys_are_tried_for_ever_less_often(server: KeyServer, pauses: list[float]) -> None:
+    """Until there are keys, it asks after 1 s, 2 s, 4 s and so on, and at least as often as once there are."""
+    server.answer = server.says(b"", status=503)
+    async with KeySet(server.url, refresh_seconds=10, chance=lambda: 0.5) as key_set:
+        await until(lambda: len(pauses) >= 6)
+        server.answer = server.publishes(published(EC_KEY))
+        await until(lambda: key_set.ready)
+    assert [1, 2, 4, 8, 10, 10] == pytest.approx(pauses[:6])
+
+
 async def test_entering_waits_for_the_first_keys_but_not_for_ever(server: KeyServer) -> None:
     """After entering, the keys are there, or the deadline has passed."""
     server.answer = server.hangs
@@ -888,6 +935,34 @@ def test_without_a_header_nobody_is_asking() -> None:
     assert Caller(Role.ANONYMOUS, None) == NOBODY == authenticator(dev_auth=True).caller([(b"host", b"example")])
 
 
+def test_more_than_one_space_before_the_token_is_allowed() -> None:
+    """The scheme and the token stand apart by one space or several (RFC 9110)."""
+    headers = [(b"authorization", b"Bearer   " + token().encode() + b" ")]
+    assert SUBJECT == authenticator().caller(headers).subject
+
+
+def test_a_caller_who_proved_himself_is_known_by_his_header() -> None:
+    """The same header, in any spelling that is allowed, is recognised until the token ends; no other one is."""
+    time = Time()
+    asking = Authenticator(verifier(time=time), dev_auth=False, trusted_proxies=())
+    text = token().encode()
+    assert asking.known(b"Bearer " + text) is None
+    expected = asking.caller([(b"authorization", b"Bearer " + text)])
+    for header in (b"Bearer " + text, b"bEARER   " + text + b" "):
+        assert expected == asking.known(header)
+    for header in (
+        text,
+        b"Basic " + text,
+        b"Bearer",
+        b"Bearer " + text + b"x",
+        b"Bearer\t" + text,
+        b"Bearer \t" + text,
+    ):
+        assert asking.known(header) is None
+    time.now = NOW + timedelta(seconds=60)
+    assert asking.known(b"Bearer " + text) is None
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -897,6 +972,7 @@ def test_without_a_header_nobody_is_asking() -> None:
         b"Basic dXNlcjpwYXNz",
         token().encode(),
         b"Bearer\t" + token().encode(),
+        b"Bearer \t" + token().encode(),
         b"Bearer " + token().encode() + b", Bearer " + token().encode(),
         b"Bearer \xff\xfe",
         b"Bearer " + b"x" * 100_000,
@@ -974,11 +1050,19 @@ async def test_settings_decide_what_counts(server: KeyServer) -> None:
         asking = Authenticator.from_settings(settings, clock=Time(), key_set=key_set)
         for text in (token(aud="staff", iss=ISSUER), asymmetric(EC_KEY, aud="staff", iss=ISSUER)):
             assert SUBJECT == asking.caller([(b"authorization", b"Bearer " + text.encode())]).subject
-        with pytest.raises(UnauthorizedError):
-            asking.caller([(b"authorization", b"Bearer " + token().encode())])
+        for text in (token(), token(aud="staff"), token(iss=ISSUER)):
+            with pytest.raises(UnauthorizedError):
+                asking.caller([(b"authorization", b"Bearer " + text.encode())])
         forwarded = [(b"x-test-user-id", b"me"), (b"x-forwarded-for", b"192.0.2.7")]
         assert "me" == asking.caller(forwarded).subject
         assert "address:192.0.2.7" == asking.rate_key(NOBODY, forwarded, "10.1.2.3")
+
+
+def test_development_alone_opens_no_bypass() -> None:
+    """In development, too, X-Test-User-ID means nothing until it is asked for."""
+    settings = load_settings(jwt_secret=SECRET, environment="development")
+    asking = Authenticator.from_settings(settings, clock=Time(), key_set=None)
+    assert NOBODY == asking.caller([(b"x-test-user-id", b"me")])
 
 
 def test_without_an_address_no_keys_are_fetched() -> None:
@@ -1022,6 +1106,7 @@ PROXIES: Final = (ip_network("10.0.0.0/8"), ip_network("2001:db8:1::/48"))
         ("fe80::1%eth0", ["198.51.100.7"], "fe80::1"),
         ("10.0.0.1", ["198.51.100.07"], "10.0.0.1"),
         ("10.0.0.1", ["\xff"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7\xa0"], "10.0.0.1"),
         (None, ["198.51.100.7"], "unknown"),
         ("testclient", ["198.51.100.7"], "testclient"),
     ],
@@ -1046,6 +1131,12 @@ def test_what_stands_left_of_the_nearest_stranger_changes_nothing(forged: list[b
     """Behind a trusted proxy, what a client itself sent is never believed."""
     headers = [(b"x-forwarded-for", b",".join([*forged, b"198.51.100.7"]))]
     assert "198.51.100.7" == client_address(headers, "10.0.0.1", PROXIES)
+
+
+def test_a_proxy_may_be_named_by_any_address_of_its_network() -> None:
+    """A network that is written with one of its hosts is that network."""
+    asking = authenticator(trusted_proxies=("10.1.2.3/8",))
+    assert "address:192.0.2.7" == asking.rate_key(NOBODY, [(b"x-forwarded-for", b"192.0.2.7")], "10.0.0.1")
 
 
 def test_requests_are_counted_by_subject_else_by_address() -> None:

@@ -18,7 +18,7 @@ from goodstanding import wire as wire_module
 from goodstanding.cache import RedisCache, connect, last_good_key, lease_key, value_key
 from goodstanding.data import UserId, parse_user_id
 from goodstanding.embedded import Valkey
-from goodstanding.entry import Entry, Fetched, Lives, encode
+from goodstanding.entry import Entry, Fetched, Lives, decode, encode
 from goodstanding.errors import CacheAwayError
 from goodstanding.policy import LEGACY, STANDARD
 from tests.parts import (
@@ -279,6 +279,42 @@ async def test_a_bad_entry_is_a_miss_counted_and_replaced(
         assert await client.pttl(value_key(_ME)) > 0
 
 
+async def test_a_lease_in_a_strange_spelling_is_a_lease(redis_cache: RedisCache, redis_url: str) -> None:
+    """Whatever bytes stand there, somebody loads; and nobody's token is that."""
+    async with admin(redis_url) as client:
+        await client.set(lease_key(_ME), b"\xfft1")
+        assert [Fetched(None, "\ufffdt1")] == await redis_cache.fetch([_ME])
+        assert [Fetched(None, "\ufffdt1")] == await redis_cache.fetch([_ME], token="t1")
+        assert [False] == await redis_cache.lease([_ME], "t1")
+
+
+async def test_the_same_text_is_read_once(
+    redis_cache: RedisCache, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not changed since it was read is not parsed again, as far as a bounded memory goes."""
+    read: list[bytes] = []
+    original = decode
+
+    def noted(text: bytes, **about: Any) -> Any:  # noqa: ANN401 - as it is
+        read.append(text)
+        return original(text, **about)
+
+    monkeypatch.setattr(cache_module, "decode", noted)
+    monkeypatch.setattr(cache_module, "_MOST_DECODED", 2)
+    await redis_cache.lease([_ME, _OTHER, user(3)], "t1")
+    await redis_cache.fill({_ME: entry(1), _OTHER: entry(2), user(3): entry(3)}, "t1")
+    for _ in range(3):
+        assert [Fetched(entry(1), None), Fetched(entry(2), None)] == await redis_cache.fetch([_ME, _OTHER])
+    assert 2 == len(read)
+    assert [Fetched(entry(3), None)] == await redis_cache.fetch([user(3)])
+    assert [Fetched(entry(1), None)] == await redis_cache.fetch([_ME])
+    assert 4 == len(read)
+    async with admin(redis_url) as client:
+        await client.set(value_key(_ME), encode(entry(5), user_id=_ME, policy=STANDARD.version))
+    assert [Fetched(entry(5), None)] == await redis_cache.fetch([_ME])
+    assert 5 == len(read)
+
+
 async def test_keys_of_another_type_break_nothing(redis_cache: RedisCache, redis_url: str) -> None:
     """A list where a text should be is a miss; a fill, a seized lease or an invalidation replaces it."""
     async with admin(redis_url) as client:
@@ -317,7 +353,17 @@ async def test_a_hundred_users_cost_one_round_trip(redis_url: str, monkeypatch: 
         await asyncio.gather(*(cache.fetch([me]) for me in users))
         await asyncio.gather(*(cache.fetch([me], token="t2") for me in users))
         await cache.invalidate(users)
-    assert [{"MGET"}, {"SET"}, {"EVAL"}, {"MGET"}, {"EVAL"}, {"DEL", "PUBLISH"}] == trips
+        reads_and_writes = [{"MGET"}, {"SET"}, {"EVAL"}, {"MGET"}, {"EVAL"}, {"DEL", "PUBLISH"}]
+        assert reads_and_writes == trips
+        trips.clear()
+        await cache.fetch_last_good(users)
+        await cache.lease(users, "t3", unless_cached=True)
+        await cache.release(users, "t3")
+        await cache.add(dict.fromkeys(users, 1), 60)
+        await cache.say("hello")
+        await cache.say_vouched("hello")
+    others = [{"MGET"}, {"SET", "MGET"}, {"EVAL"}, {"INCRBY", "EXPIRE"}, {"PUBLISH"}, {"EVAL"}]
+    assert others == trips[:6]
 
 
 async def test_everybody_is_dropped_without_blocking_redis(redis_url: str) -> None:
@@ -505,6 +551,7 @@ async def test_the_circuit_opens_on_a_refusal(redis_cache: RedisCache, redis_url
         with pytest.raises(CacheAwayError):
             await redis_cache.lease([_ME], "t1")
         assert not redis_cache.available
+        assert 0 == metric("goodstanding_dependency_up", dependency="redis")
         for call in (
             redis_cache.fetch([_ME]),
             redis_cache.fetch_last_good([_ME]),
@@ -518,6 +565,7 @@ async def test_the_circuit_opens_on_a_refusal(redis_cache: RedisCache, redis_url
                 await call
         await client.config_set("maxmemory", 0)
     await eventually(lambda: redis_cache.available)
+    assert 1 == metric("goodstanding_dependency_up", dependency="redis")
 
 
 async def test_dropping_everybody_fails_when_redis_goes_away(
@@ -574,6 +622,72 @@ def test_urls_of_every_kind_are_understood() -> None:
         plain.connection_pool.connection_kwargs["password"],
     )
     assert isinstance(connect("redis+cluster://example:7000", deadline=0.05), RedisCluster)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://example/3", "rediss://example", "redis+sentinel://one,two/main", "redis+cluster://example:7000"],
+)
+def test_no_client_waits_or_tries_again(url: str) -> None:
+    """The sockets' own deadlines are ten of ours, the last resort; nothing is retried, nobody is greeted."""
+    client: Any = connect(url, deadline=0.06)
+    if isinstance(client, RedisCluster):
+        kwargs, retry = client.connection_kwargs, client.retry
+        assert ["example:7000"] == [node.name for node in client.startup_nodes]
+    else:
+        kwargs = client.connection_pool.connection_kwargs
+        retry = kwargs["retry"]
+        assert kwargs["driver_info"] is None
+    assert [0.6, 0.6] == pytest.approx([kwargs["socket_timeout"], kwargs["socket_connect_timeout"]])
+    assert 2 == kwargs["protocol"]
+    assert 0 == retry.get_retries()
+
+
+def test_a_sentinel_that_hangs_leaves_time_for_the_next() -> None:
+    """Each is asked within a third of the deadline, once; its credentials are its own, not those of the master."""
+    client: Any = connect("redis+sentinel://me:p%40ss@one:1,two/main/4", deadline=0.06)
+    pool = client.connection_pool
+    assert "SSL" not in pool.connection_class.__name__
+    assert (4, "me", "p@ss") == tuple(pool.connection_kwargs[name] for name in ("db", "username", "password"))
+    for peer in pool.sentinel_manager.sentinels:
+        kwargs = peer.connection_pool.connection_kwargs
+        assert [0.02, 0.02] == pytest.approx([kwargs["socket_timeout"], kwargs["socket_connect_timeout"]])
+        assert (None, None, 2, None, 0) == (
+            *(kwargs[name] for name in ("username", "password", "protocol", "driver_info")),
+            kwargs["retry"].get_retries(),
+        )
+
+
+def test_a_sentinel_may_need_no_name_and_no_database() -> None:
+    """Without credentials there are none, a password may stand without a name, and the database is 0."""
+    for credentials, expected in (("", (None, None)), (":p%3Aw@", (None, "p:w")), ("m%65:p:w@", ("me", "p:w"))):
+        client: Any = connect(f"redis+sentinel://{credentials}one/main/", deadline=0.05)
+        kwargs = client.connection_pool.connection_kwargs
+        assert (*expected, 0) == (kwargs["username"], kwargs["password"], kwargs["db"])
+
+
+async def test_a_new_connection_logs_in_and_nothing_else(redis_url: str) -> None:
+    """No greeting of the client library costs a round trip, which the deadline would have to pay for."""
+    proxy = Proxy(redis_url)
+    async with proxy.serve(), open_redis(proxy.url) as cache:
+        assert [_NOTHING] == await cache.fetch([_ME])
+        async with cache.subscription(lambda _: None, lambda: None, lambda: None):
+            pass
+    written = b"".join(proxy.turns)
+    assert b"AUTH" in written
+    assert b"HELLO" not in written
+    assert b"CLIENT" not in written
+
+
+async def test_databases_of_one_server_hear_nothing_of_each_other(valkey: Valkey, redis_url: str) -> None:
+    """Another database is another app's, although a server's databases share their channels."""
+    async with open_redis(redis_url) as mine, open_redis(valkey.url(3)) as other, admin(redis_url) as client:
+        async with _heard(mine) as heard, _heard(other) as heard_there:
+            assert {b"goodstanding:0", b"goodstanding:3"} == set(await client.pubsub_channels())
+            await other.say("there")
+            await mine.say("here")
+            await eventually(lambda: bool(heard and heard_there))
+        assert ([b"here"], [b"there"]) == (heard[:1], heard_there[:1])
 
 
 async def test_the_life_of_a_value_counts_from_the_fill(redis_cache: RedisCache) -> None:
@@ -807,6 +921,22 @@ async def _listen(cache: RedisCache) -> None:
         pass
 
 
+async def test_a_new_connection_for_commands_ends_the_subscription(redis_url: str) -> None:
+    """It may lead to another Redis, of which nothing was heard so far."""
+    lost = asyncio.Event()
+    async with (
+        open_redis(redis_url) as cache,
+        admin(redis_url) as client,
+        cache.subscription(lambda _: None, lost.set, lambda: None),
+    ):
+        assert [_NOTHING] == await cache.fetch([_ME])
+        assert not lost.is_set()
+        await client.client_kill_filter(_type="normal", skipme=True)
+        await eventually(lambda: _answers(cache))
+        async with asyncio.timeout(PATIENT):
+            await lost.wait()
+
+
 async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
     """Whoever hears of an invalidation finds nothing of before it any more, whoever asks."""
     async with open_redis(redis_url) as cache, open_redis(redis_url) as other:
@@ -814,15 +944,18 @@ async def test_what_is_said_comes_after_what_is_done(redis_url: str) -> None:
         await cache.lease(users, "t1")
         await cache.fill(dict.fromkeys(users, entry()), "t1")
         found: list[Sequence[Fetched]] = []
+        told: list[list[str]] = []
         async with asyncio.TaskGroup() as group:
 
             async def look() -> None:
                 found.append(await other.fetch(users))
 
-            def hear(_: bytes) -> None:
+            def hear(said: bytes) -> None:
+                told.append(said.decode().split(" "))
                 group.create_task(look())
 
             async with other.subscription(hear, lambda: None, lambda: None):
                 await cache.invalidate(users)
                 await eventually(lambda: len(found) == 2)
     assert [[_NOTHING] * len(users)] * 2 == found
+    assert [["changed", *users[:500]], ["changed", *users[500:]]] == told

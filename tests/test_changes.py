@@ -2,9 +2,11 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
@@ -12,16 +14,16 @@ import asyncpg
 import pytest
 import redis.asyncio
 
-from goodstanding import tallies
+from goodstanding import changes, tallies
 from goodstanding.cache import RedisCache, value_key
 from goodstanding.changes import BEAT_SECONDS, Ledger, NotifyPublisher, Publisher, RedisPublisher, Relay, SessionLedger
-from goodstanding.data import UserId
+from goodstanding.data import Clock, UserId
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
 from goodstanding.main import utc_now
 from goodstanding.policy import STANDARD
 from goodstanding.reputation_service import ReputationService, Source
-from goodstanding.tallies import Folded
+from goodstanding.tallies import Folded, Recounted
 from goodstanding.tasks import background
 from tests.conftest import Database, connect
 from tests.parts import Proxy, Truth, admin, eventually, metric, open_redis, open_service, settled
@@ -70,12 +72,12 @@ class _Told:
         self.beats.append((term, looked))
 
 
-def _relay(database: Database, publisher: Publisher) -> Relay:
+def _relay(database: Database, publisher: Publisher, *, clock: Clock = utc_now) -> Relay:
     return Relay(
         partial(SessionLedger.open, database.service_url),
         publisher,
         poll_seconds=0.005,
-        clock=utc_now,
+        clock=clock,
         random=random.uniform,
     )
 
@@ -248,6 +250,39 @@ class TestCarrying:
             assert all(1 <= len(batch or ()) <= 2000 for batch in told.told)
             assert users == {each for batch in told.told for each in batch or ()}
 
+    async def test_no_beat_comes_between_two_batches(self, database: Database, redis_url: str) -> None:
+        """While more waits than one fold takes, nothing is said to be told, and the lead goes on."""
+        beats: list[int] = []
+        async with _relaying(database, redis_url) as told, database.owner() as owner:
+            await eventually(lambda: _is_folded(database))
+
+            async def note() -> None:
+                beats.append(len(told.beats))
+                async with database.owner() as other:  # longer than from one beat to the next
+                    await other.execute("select pg_sleep(0.3)")
+
+            told.before = note
+            await owner.execute(
+                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 5000)"
+            )
+            await eventually(lambda: len(beats) == 3)
+            told.before = None
+            await eventually(lambda: len(told.beats) > beats[-1])
+        assert [beats[0]] * 3 == beats
+        assert 1 == len({term for term, _ in told.beats})
+
+    async def test_how_long_a_change_took_is_measured(self, database: Database, redis_url: str) -> None:
+        """From the commit until it is told; a clock that is behind the database's makes it nothing, never less."""
+        for clock, least, most in ((utc_now, 0.0001, 30.0), (lambda: utc_now() - timedelta(days=1), 0.0, 0.0)):
+            truth = await Truth.of(database, 1)
+            before = metric("goodstanding_change_seconds_sum"), metric("goodstanding_change_seconds_count")
+            async with open_redis(redis_url) as cache, background() as spawn:
+                spawn(_relay(database, RedisPublisher(cache), clock=clock).run())
+                await eventually(lambda: _is_folded(database))
+            assert truth.user_id
+            assert before[1] < metric("goodstanding_change_seconds_count")
+            assert least <= metric("goodstanding_change_seconds_sum") - before[0] <= most
+
     async def test_it_counts_again_who_is_due(self, database: Database, redis_url: str) -> None:
         """Who cannot be counted by differences is counted again for good, and it says how many."""
         async with _relaying(database, redis_url):
@@ -267,6 +302,33 @@ class TestCarrying:
                     "select completed from reputation.tallies where user_id = $1", truth.user_id
                 )
 
+    async def test_it_counts_again_a_hundred_at_a_time(
+        self, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One batch soon follows the other while somebody is due; else it looks once a second."""
+        async with database.owner() as owner:
+            await owner.execute(
+                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 250)"
+            )
+            while await owner.fetchval("select reputation.pending()"):
+                await owner.execute("select reputation.fold(2000)")
+        recounts: list[tuple[float, int]] = []
+        recount = SessionLedger.recount
+
+        async def noted(ledger: SessionLedger, batch: int) -> Recounted:
+            recounted = await recount(ledger, batch)
+            recounts.append((asyncio.get_running_loop().time(), recounted.users))
+            return recounted
+
+        monkeypatch.setattr(SessionLedger, "recount", noted)
+        async with _relaying(database, redis_url) as told:
+            await eventually(lambda: len(recounts) >= 6)
+            assert 1 == len({term for term, _ in told.beats})
+        moments, users = zip(*recounts, strict=True)
+        assert (100, 100, 50, 0, 0, 0) == users[:6]
+        assert moments[3] - moments[0] < 2
+        assert min(moments[4] - moments[3], moments[5] - moments[4]) >= 1
+
     async def test_beats_are_regular_and_true(self, database: Database, redis_url: str) -> None:
         """Four times a second while nothing is left; none while something is: it may not be known everywhere."""
         async with _relaying(database, redis_url) as told:
@@ -275,6 +337,7 @@ class TestCarrying:
             looks = [looked for _, looked in told.beats[began:]]
             steps = sorted(later - earlier for earlier, later in pairwise(looks))
             assert BEAT_SECONDS <= steps[len(steps) // 2] < 2 * BEAT_SECONDS
+            assert 1 == len({term for term, _ in told.beats})
             held = asyncio.Event()
             arrived = asyncio.Event()
 
@@ -293,6 +356,22 @@ class TestCarrying:
             told.before = None
             held.set()
             await eventually(lambda: len(told.beats) > before)
+
+    async def test_redis_tells_whose_beats_they_are(self, database: Database, redis_url: str) -> None:
+        """Who listens hears of the new term first, then beats of that term, and when the relay looked."""
+        heard: list[bytes] = []
+        async with (
+            open_redis(redis_url) as cache,
+            cache.subscription(heard.append, lambda: None, lambda: None),
+            _relaying(database, redis_url) as told,
+        ):
+            await eventually(lambda: sum(said.startswith(b"beat ") for said in heard) >= 2)
+            term, looked = told.beats[-1]
+        words = [said.decode().split(" ") for said in heard]
+        assert ["lead", str(term), "0"] == next(said for said in words if said != ["all"] and said[0] != "changed")
+        beats = [(int(said[1]), int(said[2])) for said in words if said[0] == "beat"]
+        assert {term} == {term for term, _ in beats}
+        assert abs(beats[-1][1] / 1000 - looked) < 60
 
 
 async def _nobody_leads(database: Database) -> bool:
@@ -471,6 +550,23 @@ class TestSession:
                 async with database.owner() as owner:
                     assert await owner.fetchval("select reputation.pending()")
 
+    async def test_a_recount_may_take_longer_than_a_fold(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The deadline of every other statement is not that of a recount, which counts a user with many sessions."""
+        truth = await Truth.of(database, 2)
+        monkeypatch.setattr(changes, "_DEADLINE_SECONDS", 0.5)
+        async with SessionLedger.open(database.service_url) as ledger, database.owner() as owner:
+            async with ledger.folding(100):
+                pass
+            await tallies.rebuild_user(database.owner_url, truth.user_id, STANDARD)
+            async with asyncio.TaskGroup() as group, owner.transaction():
+                await owner.execute("lock table public.wingman_sessions in access exclusive mode")
+                recount = group.create_task(ledger.recount(100))
+                await owner.execute("select pg_sleep(1)")
+                assert not recount.done()
+        assert recount.result().users >= 1
+
     async def test_a_long_purge_keeps_the_session(self, database: Database, redis_url: str) -> None:
         """To drop everybody may take Redis longer than a second: the fold waits for it, and is committed."""
         proxy = Proxy(redis_url)
@@ -541,6 +637,7 @@ class TestSession:
                 await eventually(lambda: any(said == b"all" for said, _ in heard))
                 emptied = len(heard)
                 await eventually(lambda: len(heard) > emptied + 1)
+        assert not any(said.startswith(b"lead ") for said, _ in heard)
         late = [at - int(said.split(b" ")[2]) / 1000 for said, at in heard if said.startswith(b"beat ")]
         assert max(late) < 1.0
 
@@ -566,7 +663,10 @@ class TestNotify:
                 return any(said.startswith("beat ") for said in heard)
 
             await eventually(beats)
-            assert heard[0].startswith("lead ")
+            lead, beat = (next(said.split(" ") for said in heard if said.startswith(word)) for word in ("lead", "beat"))
+            assert ["lead", beat[1], "0"] == lead == heard[0].split(" ")
+            assert 0 < int(beat[1])
+            assert abs(int(beat[2]) / 1000 - time.monotonic()) < 60
             truth = await Truth.of(database, 1)
 
             async def is_told() -> bool:
