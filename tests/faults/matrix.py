@@ -30,7 +30,7 @@ class Fault:
     `shows`: what must have been seen, or nothing was broken: sources, or statuses.
     `waits`: within so many seconds comes an answer that is not from a cache; hits within ANSWERABLE.
     `meters`: metrics that must have risen. `alone`: the process that is itself broken, whose answers may take longer,
-    and do not come at all where `silent` says so.
+    and do not come at all where `silent` says so. `once`: what is broken stays so, and no attempt follows the first.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Fault:
     heals: bool = False
     flaps: int = 1
     stage: str = "plain"
+    once: bool = False
 
 
 @dataclass(slots=True)
@@ -92,7 +93,8 @@ async def run(fault: Fault, scene: Scene, *, timed: bool = True) -> Row:
 async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
     row = await _run(fault, scene)
     # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
-    while not row.kept and row.attempts < _ATTEMPTS and (row.lag > _LAG if row.wrong else timed):
+    most = 1 if fault.once else _ATTEMPTS
+    while not row.kept and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
         missed = [*before.wrong, *before.late]

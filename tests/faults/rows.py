@@ -110,7 +110,7 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_POSTGRES, name="PostgreSQL: max_connections", strike=postgres.connections_used_up),
     Fault("PostgreSQL: nobody leads", postgres.nobody_leads, away=("relay",)),
     Fault("PostgreSQL: disk full for the relay", postgres.disk_full),
-    replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby"),
+    replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby", once=True),
     replace(_BOTH, name="both: kill -9", strike=both_killed),
     replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),
     Fault("ours: SIGTERM", ours.terminated, seconds=1.0),
