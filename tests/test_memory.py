@@ -44,7 +44,7 @@ async def test_it_never_holds_more_than_its_capacity() -> None:
         await _remember(cache, user(number))
         await cache.lease([user(1000 + number)], "t1")
     assert (100, 100) == (len(cache._filled), len(cache._leases))  # noqa: SLF001 - the bound itself
-    await cache.invalidate_all()
+    assert 100 == await cache.invalidate_all()
     assert 0 == await cache.invalidate_all()
 
 

@@ -107,7 +107,7 @@ def serve(
     with _readable_errors():
         settings = _settings()
         # Whatever is wrong is told here in one line, not by a worker in a traceback.
-        app = create_served_app(settings)
+        served = create_served_app(settings)
         if workers > 1 and not settings.redis_url.get_secret_value() and settings.session_database() is None:
             message = (
                 "GOODSTANDING_RELAY_DATABASE_URL: without Redis, workers hear of changes from PostgreSQL, "
@@ -121,7 +121,7 @@ def serve(
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         config = uvicorn.Config(
-            app if workers == 1 else "goodstanding.main:create_served_app",
+            served if workers == 1 else "goodstanding.main:create_served_app",
             factory=workers > 1,
             host=host,
             port=port,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from http import HTTPStatus
-from random import getrandbits
 from typing import Final
 
 from prometheus_client import Histogram
@@ -66,7 +65,7 @@ class Asked:
 
     def request_id(self) -> bytes:
         """Give the request's id: another one each time, where the caller gave it none."""
-        return request_id(self.called).encode() if self.called is not None else b"%032x" % getrandbits(128)
+        return request_id(self.called).encode()
 
 
 class Ready:
