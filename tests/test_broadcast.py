@@ -54,7 +54,7 @@ class _Listener:
 
     def trusts(self) -> bool:
         """Tell whether what is cached is believed now."""
-        return self.freshness.trusted
+        return self.freshness.trusted()
 
     def hear_beat(self, term: int = 1, *, looked: float | None = None, late: float = 0.0) -> None:
         """Hear a beat, whose relay looked `late` seconds before now; in a new term after one to measure it by."""

@@ -258,7 +258,7 @@ async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
             await eventually(lambda: bool(client.exists(value_key(me), "{goodstanding:probe}:run") == 2))
         heard.clear()
         master.kill()
-        await eventually(lambda: not listener.trusted)
+        await eventually(lambda: not listener.trusted())
         await eventually(lambda: None in heard)
         await eventually(lambda: cache.available)
         await eventually(lambda: _beaten(cache, listener))
@@ -272,7 +272,7 @@ async def test_what_is_said_is_heard_across_a_failover(tmp_path: Path) -> None:
 async def _beaten(cache: RedisCache, listener: Freshness) -> bool:
     with suppress(CacheAwayError):
         await cache.say_vouched(beat(1, asyncio.get_running_loop().time()))
-    return listener.trusted
+    return listener.trusted()
 
 
 @pytest.mark.slow

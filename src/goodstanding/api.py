@@ -131,7 +131,12 @@ def request_id(claimed: str | None) -> str:
     """Give the request the id that its caller claims for it, or one of our own."""
     if claimed is not None and _REQUEST_ID.fullmatch(claimed):
         return claimed
-    return f"{getrandbits(128):032x}"  # told apart, not kept secret
+    return new_request_id().decode()
+
+
+def new_request_id() -> bytes:
+    """Make a request's id: told apart from every other one, not kept secret."""
+    return b"%032x" % getrandbits(128)
 
 
 async def outcome(work: Awaitable[Response], route: str, called: str) -> Response:

@@ -62,14 +62,13 @@ class Freshness:
         self._at = 0.0
         self._until = -_NEVER
 
-    @property
     def trusted(self) -> bool:
         """Whether a relay said just now that it has told everything."""
         return self.monotonic() < self._until
 
     def oldest(self) -> datetime | None:
         """Give the moment before which nothing that is served may have been computed; None: whatever is cached."""
-        return None if self.trusted else self._clock() - timedelta(seconds=BELIEF_SECONDS)
+        return None if self.trusted() else self._clock() - timedelta(seconds=BELIEF_SECONDS)
 
     def lead(self, term: int) -> None:
         """Note a new relay: what the one before said counts no longer."""
@@ -164,7 +163,7 @@ class _Questions:
 
     def ask(self) -> bool:
         """Note a question; tells whether the connection is still wanted: beats come over it, or may still come."""
-        self._unheard = 0 if self._freshness.trusted else self._unheard + 1
+        self._unheard = 0 if self._freshness.trusted() else self._unheard + 1
         self._asked.append(self._freshness.monotonic())
         return self._unheard <= _UNHEARD_CHECKS
 

@@ -55,8 +55,8 @@ class Cache(Protocol):
         """Whether the cache is being asked at all."""
         ...
 
-    def peek(self, user_id: str) -> Entry | None:
-        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+    def peek(self, user_id: str) -> bytes | None:
+        """Give what is served of a user without asking anybody, if anything is, packed; any text may be asked for."""
         ...
 
     async def fetch(self, user_ids: Sequence[UserId], *, token: str | None = None) -> list[Fetched]:
@@ -188,7 +188,7 @@ class RedisCache:
         """Whether Redis is being asked at all."""
         return self._breaker.closed
 
-    def peek(self, _user_id: str) -> Entry | None:
+    def peek(self, _user_id: str) -> bytes | None:
         """Give nothing: Redis has to be asked."""
         return None
 

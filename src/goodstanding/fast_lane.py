@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from http import HTTPStatus
 from typing import Final
@@ -20,6 +21,7 @@ from goodstanding.api import (
     READ_PATH,
     Headers,
     Runtime,
+    new_request_id,
     outcome,
     problem,
     represent,
@@ -50,6 +52,11 @@ _MOST_HEADS: Final = 4096
 _MOST_PREPARED: Final = 2048
 
 
+@cache
+def _request_seconds(method: str, status: int, source: str) -> Histogram:
+    return REQUEST_SECONDS.labels(READ_PATH, method, status, source)
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a request's headers say: who asks, what the caller has already, and how the request is called.
@@ -65,16 +72,16 @@ class Asked:
 
     def request_id(self) -> bytes:
         """Give the request's id: another one each time, where the caller gave it none."""
-        return request_id(self.called).encode()
+        return new_request_id() if self.called is None else request_id(self.called).encode()
 
 
 class Ready:
     """A response, but for the request's id, and where it comes from, as the metrics call it.
 
-    `lines` is what is sent before the body, but for the server's own headers.
+    `lines` is what is sent before the body, but for the server's own headers; `seconds` is where a GET's are counted.
     """
 
-    __slots__ = ("body", "headers", "lines", "source", "status")
+    __slots__ = ("body", "headers", "lines", "seconds", "source", "status")
 
     def __init__(self, source: str, status: int, headers: Headers, body: bytes) -> None:
         self.source = source
@@ -82,25 +89,24 @@ class Ready:
         self.headers = headers
         self.body = body
         self.lines = _LINES[status] + b"".join([b"%s: %s\r\n" % header for header in headers])
+        self.seconds = _request_seconds("GET", status, source)
 
 
 class Prepared(Ready):
     """A hit's response, as it is until its `ttl` in whole seconds is another."""
 
-    __slots__ = ("_body", "_expires", "_holds", "ttl")
+    __slots__ = ("_since", "_until", "ttl")
 
     def __init__(self, entry: Entry, horizon: tuple[float, float, float], now: float, asked: Asked) -> None:
-        self._body = entry.body
-        computed, due, self._expires = horizon
-        self._holds = (computed, due)
-        self.ttl = int(self._expires - now)
+        computed, due, expires = horizon
+        self.ttl = int(expires - now)
+        self._since = max(computed, now)
+        self._until = min(due, expires - self.ttl)
         super().__init__("cache", *represent(Answer(entry, Source.HIT, self.ttl), asked.conditions))
 
-    def holds(self, entry: Entry, now: float) -> bool:
-        """Tell whether this is still the answer, and nothing else is to be done about the entry."""
-        return (
-            self._body == entry.body and self._holds[0] <= now < self._holds[1] and int(self._expires - now) == self.ttl
-        )
+    def holds(self, now: float) -> bool:
+        """Tell whether this is still the answer for its entry, and nothing else is to be done about that."""
+        return self._since <= now < self._until
 
 
 def _refused() -> Ready:
@@ -129,8 +135,7 @@ class FastLane:
         self._runtime = runtime
         self._now = now
         self._elsewhere = elsewhere
-        self._metrics: dict[tuple[str, int, str], Histogram] = {}
-        self._untold: list[tuple[str, Ready, float]] = []
+        self._untold: list[tuple[Histogram, float]] = []
         self._hits = 0
         self._heads: dict[bytes, Asked] = {}
         """By digest: a token is nowhere kept."""
@@ -158,14 +163,16 @@ class FastLane:
                     headers = [*prepared.headers, (b"x-request-id", asked.request_id())]
                     await send({"type": "http.response.start", "status": prepared.status, "headers": headers})
                     await send({"type": "http.response.body", "body": prepared.body})
-                    self.note(scope["method"], prepared, time.perf_counter() - began)
+                    metric = _request_seconds(scope["method"], prepared.status, prepared.source)
+                    self.note(metric, time.perf_counter() - began)
                     return
                 user_id = parse_user_id(user) if look is not None else self._admit(runtime, user, asked)
                 if user_id is not None:
                     called = request_id(asked.called)
                     response, source = await _read(runtime, user_id, asked, called, look)
                     await response(scope, receive, send)
-                    self._observe(scope["method"], response.status_code, source, time.perf_counter() - began)
+                    metric = _request_seconds(scope["method"], response.status_code, source)
+                    metric.observe(time.perf_counter() - began)
                     return
         await self._app(scope, receive, send)
 
@@ -199,7 +206,7 @@ class FastLane:
 
     def learn(self, head: bytes, asked: Asked) -> None:
         """Remember what a parser made of a request's bytes, from its path on, so that they need not be parsed again."""
-        digest = blake2b(head, digest_size=32).digest()
+        digest = blake2b(head).digest()
         if asked.called is None and digest not in self._heads:
             if len(self._heads) >= _MOST_HEADS:
                 del self._heads[next(iter(self._heads))]
@@ -207,7 +214,7 @@ class FastLane:
 
     def recognised(self, head: bytes) -> Asked | None:
         """Give what is known of a request's bytes, from its path on."""
-        digest = blake2b(head, digest_size=32).digest()
+        digest = blake2b(head).digest()
         asked = self._heads.get(digest)
         if asked is None:
             return None
@@ -220,15 +227,19 @@ class FastLane:
     def hit(self, user: str, asked: Asked) -> Prepared | None:
         """Give the response from this process's memory, within the caller's limit; None: it takes more than that."""
         runtime = self._runtime()
-        entry = runtime.service.peek(user) if runtime is not None else None
-        if runtime is None or entry is None or entry.body is None:
+        packed = runtime.service.peek(user) if runtime is not None else None
+        if runtime is None or packed is None:
             return None
         now = self._now()
-        prepared = self._kept(user, entry, asked, now)
+        prepared = self._kept(user, packed, asked, now)
         if prepared is None:
-            prepared = self._prepare(runtime, user, entry, asked, now)
-            if not prepared.holds(entry, now):
+            entry = Entry.unpack(packed)
+            if entry.body is None:
                 return None
+            computed, due, _ = horizon = runtime.service.horizon(entry)
+            if not computed <= now < due:
+                return None
+            prepared = self._prepare(user, entry, horizon, asked, now)
         if runtime.limiter.admit(asked.rate_key, LimitKind.READ, now):
             return None
         self._hits += 1
@@ -253,8 +264,8 @@ class FastLane:
                 ready = _REFUSED
             elif answer is not None and answer.entry.body is not None:
                 now = self._now()
-                prepared = self._kept(user_id, answer.entry, asked, now) or self._prepare(
-                    runtime, user_id, answer.entry, asked, now
+                prepared = self._kept(user_id, answer.entry.body, asked, now) or self._prepare(
+                    user_id, answer.entry, runtime.service.horizon(answer.entry), asked, now
                 )
                 if prepared.ttl == answer.ttl:
                     ready = prepared
@@ -263,32 +274,27 @@ class FastLane:
         runtime.service.look(user_id, looked)
         return True
 
-    def note(self, method: str, response: Ready, seconds: float) -> None:
+    def note(self, metric: Histogram, seconds: float) -> None:
         """Note a response of ours. The metrics learn of all of this moment together."""
         if not self._untold:
             asyncio.get_running_loop().call_soon(self._tell)
-        self._untold.append((method, response, seconds))
+        self._untold.append((metric, seconds))
 
     def _tell(self) -> None:
         untold, self._untold = self._untold, []
         _HITS.inc(self._hits)
         self._hits = 0
-        for method, response, seconds in untold:
-            self._observe(method, response.status, response.source, seconds)
+        for metric, seconds in untold:
+            metric.observe(seconds)
 
-    def _observe(self, method: str, status: int, source: str, seconds: float) -> None:
-        labels = (method, status, source)
-        metric = self._metrics.get(labels)
-        if metric is None:
-            metric = self._metrics[labels] = REQUEST_SECONDS.labels(READ_PATH, *labels)
-        metric.observe(seconds)
-
-    def _kept(self, user: str, entry: Entry, asked: Asked, now: float) -> Prepared | None:
+    def _kept(self, user: str, body: bytes, asked: Asked, now: float) -> Prepared | None:
         prepared = self._prepared.get(user) if not asked.conditions else None
-        return prepared if prepared is not None and prepared.holds(entry, now) else None
+        return prepared if prepared is not None and prepared.body == body and prepared.holds(now) else None
 
-    def _prepare(self, runtime: Runtime, user: str, entry: Entry, asked: Asked, now: float) -> Prepared:
-        prepared = Prepared(entry, runtime.service.horizon(entry), now, asked)
+    def _prepare(
+        self, user: str, entry: Entry, horizon: tuple[float, float, float], asked: Asked, now: float
+    ) -> Prepared:
+        prepared = Prepared(entry, horizon, now, asked)
         if not asked.conditions:
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()

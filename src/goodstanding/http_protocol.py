@@ -169,7 +169,7 @@ class HotProtocol(BoundedProtocol):
         self.transport.write(
             b"".join((ready.lines, self._lines, b"x-request-id: ", asked.request_id(), _END, ready.body))
         )
-        lane.note("GET", ready, time.perf_counter() - began)
+        lane.note(ready.seconds, time.perf_counter() - began)
 
     def _rest(self) -> None:
         """Do what the server does after a response; but its timer is left to run, and looks when it rings."""

@@ -129,7 +129,9 @@ class RateLimiter:
     def admit(self, caller_key: str, kind: LimitKind, now: float | None = None) -> int:
         """Count one request as `take` does, or give the seconds to wait: for whoever leaves a refusal to another."""
         limit, callers = self._limits[kind], self._callers[kind]
-        number, elapsed = self._moment(now)
+        if now is None:
+            now = self._clock().timestamp()
+        number = int(now // WINDOW_SECONDS)
         caller = callers.get(caller_key)
         if caller is None:
             if len(callers) >= self._max_callers:
@@ -139,13 +141,14 @@ class RateLimiter:
             callers.move_to_end(caller_key)
             if number > caller.number:
                 caller.roll(number)
-            elif number < caller.number:
-                # The clock was set back: stay at the beginning of the window that had been reached.
-                elapsed = 0
         count = caller.current
         previous, current = caller.previous.total, count.total
-        if previous * (_WINDOW - elapsed) + (current + 1) * _WINDOW > limit * _WINDOW:
-            return _wait(previous, current, elapsed, limit)
+        if previous + current >= limit:
+            # Only now does it matter how much of the window has passed. Where the clock was set back, none of the one
+            # that had been reached.
+            elapsed = round((now - number * WINDOW_SECONDS) * _SECOND) if number == caller.number else 0
+            if previous * (_WINDOW - elapsed) + (current + 1) * _WINDOW > limit * _WINDOW:
+                return _wait(previous, current, elapsed, limit)
         count.untold += 1
         if count.untold == 1 and self._counters is not None:
             self._untold[kind, caller_key] = caller
@@ -175,7 +178,7 @@ class RateLimiter:
                 return
 
     async def _exchange(self, counters: SharedCounters, batch: list[tuple[tuple[LimitKind, str], _Caller]]) -> bool:
-        now, _ = self._moment()
+        now = self._window()
         told: dict[str, tuple[_Count, int]] = {}
         for (kind, caller_key), caller in batch:
             digest = hashlib.blake2b(caller_key.encode(errors="backslashreplace"), digest_size=12).hexdigest()
@@ -207,14 +210,14 @@ class RateLimiter:
             else:
                 _log.warning("rate_limits_local", **fields)
 
-    def _moment(self, now: float | None = None) -> tuple[int, int]:
-        """Give the number of the present window and the microseconds that have passed of it."""
-        return divmod(round((self._clock().timestamp() if now is None else now) * _SECOND), _WINDOW)
+    def _window(self) -> int:
+        """Give the number of the present window."""
+        return int(self._clock().timestamp() // WINDOW_SECONDS)
 
     def _evict(self, kind: LimitKind) -> None:
         """Forget the least active of the longest unseen callers, so that a flood of new ones pushes out itself."""
         callers = self._callers[kind]
-        number, _ = self._moment()
+        number = self._window()
         oldest = list(islice(callers, _EVICTION_SAMPLE))
         victim = min(oldest, key=lambda name: _activity(callers[name], number))
         del callers[victim]

@@ -90,7 +90,7 @@ async def open_service(settings: Settings, *, live: bool = False) -> AsyncIterat
                     lives=lives,
                     capacity=settings.memory_entries,
                     seconds=settings.memory_seconds,
-                    trusted=lambda: freshness.trusted,
+                    trusted=freshness.trusted,
                     clock=utc_now,
                 )
                 heard.append(tier.evict)
@@ -213,7 +213,7 @@ async def _tell_freshness(freshness: Freshness) -> None:
     while True:
         check_cancelled()
         await asyncio.sleep(_ASK_AGAIN_SECONDS)
-        if freshness.trusted:
+        if freshness.trusted():
             relay.close()
         else:
             relay.open()
@@ -234,7 +234,7 @@ async def open_runtime(
         subscribers = Subscribers(
             opened.service.read_many,
             clock=utc_now,
-            fresh=lambda: opened.freshness.trusted,
+            fresh=opened.freshness.trusted,
             per_caller=settings.streams_per_caller,
             per_process=settings.streams_per_process,
         )
@@ -248,7 +248,7 @@ async def open_runtime(
             limiter=limiter,
             subscribers=subscribers,
             key_set=key_set,
-            hears=lambda: opened.freshness.trusted,
+            hears=opened.freshness.trusted,
             public_reads=settings.public_reads,
             metrics_public=settings.metrics_public,
         )

@@ -44,10 +44,13 @@ class _Shelf:
 
     def get(self, user_id: str) -> tuple[Entry, float] | None:
         """Give a user's entry and its moment; any text may be asked for."""
+        found = self.peek(user_id)
+        return None if found is None else (Entry.unpack(found[0]), found[1])
+
+    def peek(self, user_id: str) -> tuple[bytes, float] | None:
+        """Give the same as it was packed."""
         packed = self._packed.get(user_id)
-        if packed is None:
-            return None
-        return Entry.unpack(packed[_MOMENT.size :]), _MOMENT.unpack_from(packed)[0]
+        return None if packed is None else (packed[_MOMENT.size :], _MOMENT.unpack_from(packed)[0])
 
     def put(self, user_id: str, entry: Entry, moment: float) -> None:
         """Put an entry there, or in the place of the user's former one, as the last of all."""
@@ -118,12 +121,13 @@ class MemoryCache:
             found.append(Fetched(entry, lease))
         return found
 
-    def peek(self, user_id: str) -> Entry | None:
+    def peek(self, user_id: str) -> bytes | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
         entry = self._served(user_id, self._monotonic(), self._oldest())
-        if entry is not None:
-            self._filled.touch(user_id)
-        return entry
+        if entry is None:
+            return None
+        self._filled.touch(user_id)
+        return entry.pack()
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:
         """Read the last known good copies."""
@@ -269,9 +273,9 @@ class MemoryTier:
                     self._keep(user, fetched.entry, asked)
         return [found[user] for user in user_ids]
 
-    def peek(self, user_id: str) -> Entry | None:
+    def peek(self, user_id: str) -> bytes | None:
         """Give what is served of a user at this moment, if anything is; any text may be asked for."""
-        kept = self._kept.get(user_id)
+        kept = self._kept.peek(user_id)
         return kept[0] if kept is not None and self._monotonic() < kept[1] and self._trusted() else None
 
     async def fetch_last_good(self, user_ids: Sequence[UserId]) -> list[Entry | None]:

@@ -264,10 +264,10 @@ class ReputationService:
 
     async def _read(self, user_id: UserId, *, use_cache: bool, look: Look | None = None) -> Answer:
         if look is None:
-            entry = self._cache.peek(user_id) if use_cache else None
+            packed = self._cache.peek(user_id) if use_cache else None
             look = Look(next(self._events), {user_id: None})
-            if entry is not None:
-                self._note(look, [Fetched(entry, None)])
+            if packed is not None:
+                self._note(look, [Fetched(Entry.unpack(packed), None)])
             elif use_cache:
                 look = await self._looked(user_id)
         return look.answers.get(user_id) or (await self._load([user_id], look))[user_id]
@@ -283,8 +283,8 @@ class ReputationService:
         missing = [user for user in look.leases if user not in look.answers]
         return look.answers | await self._load(missing, look) if missing else look.answers
 
-    def peek(self, user_id: str) -> Entry | None:
-        """Give what is served of a user without asking anybody, if anything is; any text may be asked for."""
+    def peek(self, user_id: str) -> bytes | None:
+        """Give what is served of a user without asking anybody, if anything is, packed; any text may be asked for."""
         return self._cache.peek(user_id)
 
     def look(self, user_id: UserId, tell: Callable[[Look | None], None]) -> None:

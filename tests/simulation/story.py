@@ -147,7 +147,7 @@ class Member(Process):
     def believes(self) -> bool:
         """Whether it runs and answers whatever is cached."""
         runs = self.alive and self.service is not None and self.world.now >= self.frozen_until
-        return runs and self.freshness is not None and self.freshness.trusted
+        return runs and self.freshness is not None and self.freshness.trusted()
 
     def kill(self) -> None:
         """End at once; the machine closes its connections."""
