@@ -3,16 +3,18 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import asyncpg
 import pytest
 import redis.asyncio
+from structlog.testing import capture_logs
 
 from goodstanding import changes, tallies
 from goodstanding.cache import RedisCache, value_key
@@ -446,7 +448,7 @@ class TestLeading:
             assert any(truth.user_id in (users or ()) for users in told.told)
 
     async def test_a_database_without_the_schema_is_waited_for(self, bare_database: Database, redis_url: str) -> None:
-        """Before `migrate` there is nothing to carry: it tries again and again, quietly, and sends no beat."""
+        """Before `migrate` there is nothing to carry: it tries again and again, says so once, and sends no beat."""
         async with open_redis(redis_url) as cache, background() as spawn:
             told = _Told(RedisPublisher(cache))
             tried = [0]
@@ -458,9 +460,11 @@ class TestLeading:
                     yield ledger
 
             relay = Relay(open_ledger, told, poll_seconds=0.005, clock=utc_now, random=random.uniform)
-            spawn(relay.run())
-            await eventually(lambda: tried[0] >= 3)
+            with capture_logs() as lines:
+                spawn(relay.run())
+                await eventually(lambda: tried[0] >= 3)
             assert [] == told.beats
+            assert ["InvalidSchemaNameError"] == _interruptions(lines)
 
     async def test_any_other_failure_is_outlived(self, database: Database, redis_url: str) -> None:
         """An error of ours is logged, and the relay begins anew: the process that serves beside it must not end."""
@@ -471,8 +475,38 @@ class TestLeading:
                 raise ZeroDivisionError
 
             told.before = fail_once
-            truth = await Truth.of(database, 1)
-            await eventually(lambda: any(truth.user_id in (users or ()) for users in told.told))
+            with capture_logs() as lines:
+                truth = await Truth.of(database, 1)
+                await eventually(lambda: any(truth.user_id in (users or ()) for users in told.told))
+            assert 1 == sum(line["event"] == "relay_failed" for line in lines)
+
+    async def test_why_it_cannot_carry_is_said_once_until_it_can(self, database: Database, redis_url: str) -> None:
+        """A right that was taken away: each attempt counts, the first one is told, and so is the next loss of it."""
+
+        def failures() -> float:
+            return metric("goodstanding_relay_failures_total", cause="InsufficientPrivilegeError")
+
+        async with _relaying(database, redis_url) as told, database.owner() as owner:
+            await eventually(lambda: _is_folded(database))
+            with capture_logs() as lines:
+                for times in (1, 2):
+                    await owner.execute("revoke execute on function reputation.fold(integer) from goodstanding_service")
+                    before = failures()
+                    await Truth.of(database, 1)
+                    await eventually(lambda: failures() >= before + 3)  # noqa: B023 - awaited here
+                    assert ["InsufficientPrivilegeError"] * times == _interruptions(lines)
+                    beats = len(told.beats)
+                    await owner.execute("grant execute on function reputation.fold(integer) to goodstanding_service")
+                    await eventually(lambda: len(told.beats) > beats + 1)  # noqa: B023 - awaited here
+                    assert await _is_folded(database)
+            assert {"event", "log_level", "cause"} == {
+                name for line in lines if line["event"] == "relay_interrupted" for name in line
+            }
+
+
+def _interruptions(lines: Sequence[MutableMapping[str, Any]]) -> list[str]:
+    """Give the causes that were told, in order."""
+    return [line["cause"] for line in lines if line["event"] == "relay_interrupted"]
 
 
 @asynccontextmanager

@@ -66,6 +66,11 @@ CHANGE_SECONDS: Final = Histogram(
     "Age of the oldest change of a batch when its users' cached reputations were dropped.",
     buckets=(*_SECONDS, 10.0, 60.0, 600.0),
 )
+RELAY_FAILURES: Final = Counter(
+    "goodstanding_relay_failures_total",
+    "Failures that ended an attempt of this process's relay to carry changes, by cause (an exception's class).",
+    ("cause",),
+)
 USERS_RECOUNTED: Final = Counter("goodstanding_users_recounted_total", "Users whose tally the relay counted again.")
 RELAY_LEADING: Final = Gauge(
     "goodstanding_relay_leading",
