@@ -89,7 +89,8 @@ STREAMS: Final = Gauge("goodstanding_streams", "Streams that are open.", multipr
 STREAM_EVENTS: Final = Counter("goodstanding_stream_events_total", "Events that were sent, over all streams.")
 STREAMS_ENDED: Final = Counter(
     "goodstanding_streams_ended_total",
-    "Streams that ended, by reason: gone (the client), slow (it did not read), expired (its token), stopped (we).",
+    "Streams that ended, by reason: gone (the client), slow (it did not read), expired (its token), revoked (the key "
+    "of its token), aged (after an hour), stopped (we).",
     ("reason",),
 )
 
