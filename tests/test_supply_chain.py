@@ -18,6 +18,8 @@ from tests.serving import clean_environment, root, serving
 
 _UV: Final = Path(sys.executable).with_name("uv")
 _LOCK: Final[dict[str, Any]] = tomllib.loads((root() / "uv.lock").read_text("utf-8"))
+_WORKFLOWS: Final = sorted((root() / ".github" / "workflows").glob("*.yml"))
+_LONG: Final = {"faults", "live", "cancellation", "soak", "simulate", "mutation"}
 _OTHERS: Final = [package for package in _LOCK["package"] if package["name"] != "goodstanding"]
 
 
@@ -143,6 +145,32 @@ def test_the_installer_has_hashes_too() -> None:
     assert ["--require-hashes --requirement .ci/uv.txt"] == re.findall(
         r"pip install (?:--quiet |--disable-\S+ )*(.*)", makefile
     )
+
+
+@pytest.mark.parametrize("path", _WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_may_little(path: Path) -> None:
+    """What it uses is pinned by digest, it may read and keeps no credentials, each job ends, each command exists."""
+    text = path.read_text("utf-8")
+    used = re.findall(r"uses: (.*)", text)
+    assert used
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one) for one in used)
+    assert ["contents: read"] == re.findall(r"^permissions:\n  (.*)$", text, re.MULTILINE)
+    assert 1 == text.count("permissions:")
+    assert sum(one.startswith("actions/checkout@") for one in used) == text.count("persist-credentials: false")
+    assert text.count("runs-on:") == text.count("timeout-minutes:")
+    assert _made(text) <= set(re.findall(r"^([a-z-]+):", (root() / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+def test_what_takes_long_is_run_every_week() -> None:
+    """Each of the long runs has a job with a time in which it has to end, and all of them begin once a week."""
+    text = (root() / ".github" / "workflows" / "weekly.yml").read_text("utf-8")
+    assert _LONG == _made(text)
+    assert text.count("{ make:") == len(re.findall(r"minutes: \d+ \}", text))
+    assert re.search(r'cron: "\d+ \d+ \* \* \d"', text)
+
+
+def _made(workflow: str) -> set[str]:
+    return set(re.findall(r'make(?:: ")? ?([a-z][a-z-]*)', workflow))
 
 
 def _name(requirement: str) -> str:
