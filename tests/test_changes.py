@@ -74,13 +74,20 @@ class _Told:
         self.beats.append((term, looked))
 
 
-def _relay(database: Database, publisher: Publisher, *, clock: Clock = utc_now) -> Relay:
+def _relay(
+    database: Database,
+    publisher: Publisher,
+    *,
+    clock: Clock = utc_now,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Relay:
     return Relay(
         partial(SessionLedger.open, database.service_url),
         publisher,
         poll_seconds=0.005,
         clock=clock,
         random=random.uniform,
+        monotonic=monotonic,
     )
 
 
@@ -315,6 +322,7 @@ class TestCarrying:
             )
             while await owner.fetchval("select reputation.pending()"):
                 await owner.execute("select reputation.fold(2000)")
+        monkeypatch.setattr(changes, "_RECOUNT_TAKES", 60.0)  # however busy this machine is
         recounts: list[tuple[float, int]] = []
         recount = SessionLedger.recount
 
@@ -331,6 +339,35 @@ class TestCarrying:
         assert (100, 100, 50, 0, 0, 0) == users[:6]
         assert moments[3] - moments[0] < 2
         assert min(moments[4] - moments[3], moments[5] - moments[4]) >= 1
+
+    async def test_it_counts_again_as_many_as_take_a_quarter_of_a_second(
+        self, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Users with many sessions are counted a few at a time, for folds and beats wait; then soon a hundred again."""
+        recounts: list[tuple[int, int]] = []
+        recount = SessionLedger.recount
+        slow, passed = 0.01, 0.0
+
+        async def noted(ledger: SessionLedger, batch: int) -> Recounted:
+            nonlocal passed
+            recounted = await recount(ledger, batch)
+            passed += slow * recounted.users
+            recounts.append((batch, recounted.users))
+            return recounted
+
+        monkeypatch.setattr(SessionLedger, "recount", noted)
+        async with database.owner() as owner, open_redis(redis_url) as cache, background() as spawn:
+            await owner.execute(
+                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 200)"
+            )
+            while await owner.fetchval("select reputation.pending()"):
+                await owner.execute("select reputation.fold(2000)")
+            spawn(_relay(database, RedisPublisher(cache), monotonic=lambda: time.monotonic() + passed).run())
+            await eventually(lambda: sum(users for _, users in recounts) == 200)
+            assert (100, 100) == recounts[0]
+            assert all(1 <= batch <= 25 for batch, users in recounts[1:] if users)
+            slow = 0.0
+            await eventually(lambda: recounts[-1] == (100, 0))
 
     async def test_beats_are_regular_and_true(self, database: Database, redis_url: str) -> None:
         """Four times a second while nothing is left; none while something is: it may not be known everywhere."""

@@ -35,6 +35,9 @@ _log = structlog.get_logger("goodstanding")
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
 _BATCH: Final = 2000
 _USERS_A_RECOUNT: Final = 100
+_RECOUNT_TAKES: Final = 0.25
+"""About how long one recount shall take, in seconds: folds and beats wait for it."""
+
 _RECOUNT_SECONDS: Final = (0.05, 1.0)
 _FOLLOW_SECONDS: Final = (0.2, 0.4)
 _AWAKE_SECONDS: Final = 0.3
@@ -281,6 +284,7 @@ class Relay:
 
     async def _lead(self, ledger: Ledger, term: int) -> None:
         beat_due = recount_due = self._monotonic()
+        users = _USERS_A_RECOUNT
         while True:
             check_cancelled()
             looked = self._monotonic()
@@ -291,9 +295,13 @@ class Relay:
                 beat_due = looked + BEAT_SECONDS
                 await self._publisher.beat(ledger, term, looked)
             if looked >= recount_due:
-                recounted = await ledger.recount(_USERS_A_RECOUNT)
+                began = self._monotonic()
+                recounted = await ledger.recount(users)
                 USERS_RECOUNTED.inc(recounted.users)
-                recount_due = self._monotonic() + _RECOUNT_SECONDS[0 if recounted.users else 1]
+                ended = self._monotonic()
+                recount_due = ended + _RECOUNT_SECONDS[0 if recounted.users else 1]
+                fitting = int(users * _RECOUNT_TAKES / max(ended - began, 0.001))
+                users = max(1, min(fitting, 2 * users, _USERS_A_RECOUNT))
                 # It has done everything that it is for.
                 self._causes.clear()
             await asyncio.sleep(self._poll_seconds)
