@@ -37,4 +37,4 @@ def test_every_rule_says_when_how_bad_and_what_to_do() -> None:
     for rule in rules:
         for part in ("expr:", "for:", "severity:", "summary:", "runbook:"):
             assert 1 == rule.count(part), rule
-    assert 7 == len(rules)
+    assert 8 == len(rules)

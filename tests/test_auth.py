@@ -677,6 +677,29 @@ async def test_a_revoked_key_stops_working_after_the_refresh(server: KeyServer) 
         assert not key_set.degraded
 
 
+async def test_a_caller_holds_as_long_as_his_key_is_published(server: KeyServer) -> None:
+    """Others may come and go; with his own, or with another one under its name, his token would hold no longer."""
+    other = ec.generate_private_key(ec.SECP256R1())
+    server.answer = server.publishes(published(EC_KEY))
+    async with opened(server) as key_set:
+        checker = verifier(key_set=key_set)
+        caller, unnamed = checker.verify(asymmetric(EC_KEY)), checker.verify(asymmetric(EC_KEY, None))
+        by_secret = checker.verify(token())
+        for keys, expected in (
+            ([published(EC_KEY), published(RSA_KEY, "2")], (True, True)),
+            ([published(EC_KEY), published(other, "2")], (True, False)),
+            ([published(other)], (False, False)),
+            ([published(EC_KEY)], (True, True)),
+            ([], (False, False)),
+        ):
+            server.answer = server.publishes(*keys)
+            await until(lambda: parse_keys(json.dumps({"keys": keys}).encode()) == key_set.keys)  # noqa: B023 - awaited here
+            assert expected == (checker.holds(caller), checker.holds(unnamed))
+            assert checker.holds(by_secret)
+            assert checker.holds(NOBODY)
+    assert verifier().holds(caller)
+
+
 async def test_unchanged_keys_forget_nothing(server: KeyServer, decoded: list[str]) -> None:
     """A refresh that brings the same keys leaves the remembered tokens alone."""
     server.answer = server.publishes(published(EC_KEY), published(RSA_KEY, "2"))

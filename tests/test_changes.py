@@ -3,16 +3,18 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import asyncpg
 import pytest
 import redis.asyncio
+from structlog.testing import capture_logs
 
 from goodstanding import changes, tallies
 from goodstanding.cache import RedisCache, value_key
@@ -72,13 +74,20 @@ class _Told:
         self.beats.append((term, looked))
 
 
-def _relay(database: Database, publisher: Publisher, *, clock: Clock = utc_now) -> Relay:
+def _relay(
+    database: Database,
+    publisher: Publisher,
+    *,
+    clock: Clock = utc_now,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Relay:
     return Relay(
         partial(SessionLedger.open, database.service_url),
         publisher,
         poll_seconds=0.005,
         clock=clock,
         random=random.uniform,
+        monotonic=monotonic,
     )
 
 
@@ -313,6 +322,7 @@ class TestCarrying:
             )
             while await owner.fetchval("select reputation.pending()"):
                 await owner.execute("select reputation.fold(2000)")
+        monkeypatch.setattr(changes, "_RECOUNT_TAKES", 60.0)  # however busy this machine is
         recounts: list[tuple[float, int]] = []
         recount = SessionLedger.recount
 
@@ -329,6 +339,35 @@ class TestCarrying:
         assert (100, 100, 50, 0, 0, 0) == users[:6]
         assert moments[3] - moments[0] < 2
         assert min(moments[4] - moments[3], moments[5] - moments[4]) >= 1
+
+    async def test_it_counts_again_as_many_as_take_a_quarter_of_a_second(
+        self, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Users with many sessions are counted a few at a time, for folds and beats wait; then soon a hundred again."""
+        recounts: list[tuple[int, int]] = []
+        recount = SessionLedger.recount
+        slow, passed = 0.01, 0.0
+
+        async def noted(ledger: SessionLedger, batch: int) -> Recounted:
+            nonlocal passed
+            recounted = await recount(ledger, batch)
+            passed += slow * recounted.users
+            recounts.append((batch, recounted.users))
+            return recounted
+
+        monkeypatch.setattr(SessionLedger, "recount", noted)
+        async with database.owner() as owner, open_redis(redis_url) as cache, background() as spawn:
+            await owner.execute(
+                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 200)"
+            )
+            while await owner.fetchval("select reputation.pending()"):
+                await owner.execute("select reputation.fold(2000)")
+            spawn(_relay(database, RedisPublisher(cache), monotonic=lambda: time.monotonic() + passed).run())
+            await eventually(lambda: sum(users for _, users in recounts) == 200)
+            assert (100, 100) == recounts[0]
+            assert all(1 <= batch <= 25 for batch, users in recounts[1:] if users)
+            slow = 0.0
+            await eventually(lambda: recounts[-1] == (100, 0))
 
     async def test_beats_are_regular_and_true(self, database: Database, redis_url: str) -> None:
         """Four times a second while nothing is left; none while something is: it may not be known everywhere."""
@@ -446,7 +485,7 @@ class TestLeading:
             assert any(truth.user_id in (users or ()) for users in told.told)
 
     async def test_a_database_without_the_schema_is_waited_for(self, bare_database: Database, redis_url: str) -> None:
-        """Before `migrate` there is nothing to carry: it tries again and again, quietly, and sends no beat."""
+        """Before `migrate` there is nothing to carry: it tries again and again, says so once, and sends no beat."""
         async with open_redis(redis_url) as cache, background() as spawn:
             told = _Told(RedisPublisher(cache))
             tried = [0]
@@ -458,9 +497,11 @@ class TestLeading:
                     yield ledger
 
             relay = Relay(open_ledger, told, poll_seconds=0.005, clock=utc_now, random=random.uniform)
-            spawn(relay.run())
-            await eventually(lambda: tried[0] >= 3)
+            with capture_logs() as lines:
+                spawn(relay.run())
+                await eventually(lambda: tried[0] >= 3)
             assert [] == told.beats
+            assert ["InvalidSchemaNameError"] == _interruptions(lines)
 
     async def test_any_other_failure_is_outlived(self, database: Database, redis_url: str) -> None:
         """An error of ours is logged, and the relay begins anew: the process that serves beside it must not end."""
@@ -471,8 +512,38 @@ class TestLeading:
                 raise ZeroDivisionError
 
             told.before = fail_once
-            truth = await Truth.of(database, 1)
-            await eventually(lambda: any(truth.user_id in (users or ()) for users in told.told))
+            with capture_logs() as lines:
+                truth = await Truth.of(database, 1)
+                await eventually(lambda: any(truth.user_id in (users or ()) for users in told.told))
+            assert 1 == sum(line["event"] == "relay_failed" for line in lines)
+
+    async def test_why_it_cannot_carry_is_said_once_until_it_can(self, database: Database, redis_url: str) -> None:
+        """A right that was taken away: each attempt counts, the first one is told, and so is the next loss of it."""
+
+        def failures() -> float:
+            return metric("goodstanding_relay_failures_total", cause="InsufficientPrivilegeError")
+
+        async with _relaying(database, redis_url) as told, database.owner() as owner:
+            await eventually(lambda: _is_folded(database))
+            with capture_logs() as lines:
+                for times in (1, 2):
+                    await owner.execute("revoke execute on function reputation.fold(integer) from goodstanding_service")
+                    before = failures()
+                    await Truth.of(database, 1)
+                    await eventually(lambda: failures() >= before + 3)  # noqa: B023 - awaited here
+                    assert ["InsufficientPrivilegeError"] * times == _interruptions(lines)
+                    beats = len(told.beats)
+                    await owner.execute("grant execute on function reputation.fold(integer) to goodstanding_service")
+                    await eventually(lambda: len(told.beats) > beats + 1)  # noqa: B023 - awaited here
+                    assert await _is_folded(database)
+            assert {"event", "log_level", "cause"} == {
+                name for line in lines if line["event"] == "relay_interrupted" for name in line
+            }
+
+
+def _interruptions(lines: Sequence[MutableMapping[str, Any]]) -> list[str]:
+    """Give the causes that were told, in order."""
+    return [line["cause"] for line in lines if line["event"] == "relay_interrupted"]
 
 
 @asynccontextmanager

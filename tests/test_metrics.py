@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from goodstanding import create_app
 from goodstanding.embedded import Postgres, Valkey
-from goodstanding.metrics import forget_ended_processes, render
+from goodstanding.metrics import forget_ended_processes, render, shared_folder
 from tests.serving import (
     BATCH,
     INVALIDATE,
@@ -28,7 +29,8 @@ from tests.serving import (
 
 _WORKER: Final = """
 import sys
-from goodstanding.metrics import DEPENDENCY_UP, LOADS, REQUEST_SECONDS
+from goodstanding.metrics import DEPENDENCY_UP, LOADS, REQUEST_SECONDS, forget_ended_processes
+forget_ended_processes()
 LOADS.labels("miss").inc(3)
 REQUEST_SECONDS.labels("/r", "GET", 200, "cache").observe(0.01)
 DEPENDENCY_UP.labels("redis").set(int(sys.argv[1]))
@@ -104,6 +106,36 @@ def test_worker_processes_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         seeing.end()
         blind.end()
+
+
+def test_a_folder_goes_with_its_last_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed `serve` left is removed by the next one, but not while a worker of it lives, nor anything else."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    used, left, linked, other = (
+        tmp_path / name
+        for name in ("goodstanding-metrics-1", "goodstanding-metrics-2", "goodstanding-metrics-3", "another")
+    )
+    for folder in (used, left, other):
+        folder.mkdir()
+        (folder / "something").touch()
+    linked.symlink_to(other, target_is_directory=True)
+    worker = _Worker(used, up=1)
+    try:
+        with shared_folder():
+            mine = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+            assert {mine, used, linked, other} == {*tmp_path.iterdir()}
+            with shared_folder():
+                assert mine.exists()
+            assert (used / "something").exists()
+        assert {used, linked, other} == {*tmp_path.iterdir()}
+        worker.process.kill()
+    finally:
+        worker.end()
+    with shared_folder():
+        assert not used.exists()
+    assert {linked, other} == {*tmp_path.iterdir()}
+    assert [other / "something"] == [*other.iterdir()]
 
 
 def test_one_process_has_nothing_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:

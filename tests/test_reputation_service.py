@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import pytest_asyncio
 
+from goodstanding import reputation_service as service_module
 from goodstanding.cache import RedisCache, last_good_key, lease_key, value_key
 from goodstanding.data import AtFault, BadgeColor, SessionId, UserId
 from goodstanding.embedded import Postgres
@@ -964,6 +965,56 @@ async def test_check_asks_the_database_at_most_once_a_second(service: Reputation
     for _ in range(50):
         assert () == await service.check()
     assert before + 1 <= metric("goodstanding_query_seconds_count", query="ping") <= before + 2
+
+
+async def test_one_slow_answer_to_a_check_takes_nothing_from_readers(
+    redis_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told to whoever asks meanwhile, and the next read is answered by PostgreSQL all the same."""
+    truth = await Truth.of(database, 2)
+    proxy = Proxy(database.service_url)
+    async with (
+        proxy.serve(),
+        open_redis(redis_url) as cache,
+        open_service(cache, proxy.url, load_deadline=1.0) as service,
+    ):
+        assert () == await service.check()
+        proxy.delay = lambda: 60.0
+        asked = metric("goodstanding_query_seconds_count", query="ping")
+        with monkeypatch.context() as hasty:
+            hasty.setattr(service_module, "_CHECK_SECONDS", 0.0)
+            async with asyncio.TaskGroup() as group:
+                first = group.create_task(service.check())
+                await asyncio.sleep(0)
+                assert () == await service.check()
+        assert ("database",) == first.result()
+        assert asked + 1 == metric("goodstanding_query_seconds_count", query="ping")
+        proxy.delay = lambda: 0.0
+        assert (2, "miss") == await _told(service, truth.user_id)
+        assert 1 == metric("goodstanding_dependency_up", dependency="database")
+        assert ("database",) == await service.check()
+        await eventually(lambda: _is_well(service))
+
+
+async def test_a_database_that_answers_no_check_is_away(
+    redis_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first failed check says so; the third in a row opens the circuit, as three reads would."""
+    monkeypatch.setattr(service_module, "_CHECK_SECONDS", 0.0)
+    truth = await Truth.of(database, 2)
+    async with open_redis(redis_url) as cache:
+        async with open_service(cache, database.service_url) as service:
+            await service.read(truth.user_id)
+            await settled(service)
+        async with open_service(cache, _DEAD_DATABASE) as service:
+            for up in (1, 1, 0):
+                assert ("database",) == await service.check()
+                assert up == metric("goodstanding_dependency_up", dependency="database")
+            assert (2, "hit") == await _told(service, truth.user_id)
+
+
+async def _is_well(service: ReputationService) -> bool:
+    return () == await service.check()
 
 
 async def test_short_lives_are_told_as_they_are(redis_url: str, database: Database) -> None:

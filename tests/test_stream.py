@@ -1,6 +1,7 @@
 """The stream over real sockets: events, refusals, clients that vanish or do not read, and a server that stops."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,10 +14,13 @@ from typing import Final, Literal, Self
 
 import asyncpg
 import httpx2
+import jwt
 import psutil
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
+from jwt.algorithms import ECAlgorithm
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -278,6 +282,28 @@ class TestEnds:
             rest = [line for line in stream.rest() if line]
         assert 1 == len(rest)
         assert 500 <= int(rest[0].removeprefix("retry: ")) <= 3000
+
+    def test_with_the_key(self, backend: Backend) -> None:
+        """When the key of the token is published no longer, the stream ends, and the client is not let in again."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        public = json.loads(ECAlgorithm.to_jwk(key.public_key())) | {"kid": "1"}
+        keys = [public]
+        publishing = FastAPI()
+        publishing.get("/")(lambda: {"keys": keys})
+        claims = {"role": "service_role", "exp": 2**40}
+        who = {"Authorization": f"Bearer {jwt.encode(claims, key, 'ES256', headers={'kid': '1'})}"}
+        with serving(publishing) as url:
+            settings = backend.settings(jwks_url=url).model_copy(update={"jwks_refresh_seconds": 0.1})
+            with client_of(create_app(settings)) as client:
+                user, match = backend.match()
+                with streaming(client, user, **who) as stream, streaming(client, user) as other:
+                    assert [0, 0] == [one.event().data["score"] for one in (stream, other)]
+                    keys.clear()
+                    assert stream.block().lines[0].startswith("retry: ")
+                    assert [] == stream.rest()
+                    backend.session(match, "no_show")
+                    assert -1 == other.event().data["score"]
+                    check_problem(client.get(STREAM, params={"user_id": user}, headers=who), 401)
 
     def test_with_the_client(self, backend: Backend, client: httpx2.Client) -> None:
         """A client that goes away, in order or not, is noticed at once."""

@@ -560,12 +560,14 @@ class TestBounds:
         ("expires", "timing", "ending"),
         [
             (datetime(1970, 1, 1, tzinfo=UTC), _SOON, Ending.EXPIRED),
+            (None, Timing(look=0.005, life=0.01), Ending.AGED),
+            (datetime(2970, 1, 1, tzinfo=UTC), Timing(look=0.005, life=0.01), Ending.AGED),
             (None, _SOON, Ending.STOPPED),
             (None, Timing(look=0.005, send=0.01), Ending.SLOW),
         ],
     )
     async def test_streams_end(self, expires: datetime | None, timing: Timing, ending: Ending) -> None:
-        """A stream ends with its token, with the server, or when its client does not read, and is counted so."""
+        """A stream ends with its token, of age, with the server, or for a client that does not read: counted so."""
         before = metric("goodstanding_streams_ended_total", reason=ending.value)
         opened = metric("goodstanding_streams")
         async with _running(_Reader(), timing=timing) as subscribers:
@@ -586,6 +588,50 @@ class TestBounds:
                 assert 500 <= milliseconds <= 3000
         assert before + 1 == metric("goodstanding_streams_ended_total", reason=ending.value)
         assert opened == metric("goodstanding_streams")
+
+    async def test_streams_of_one_moment_end_at_many(self) -> None:
+        """A stream lives for an hour at most, and up to a tenth less."""
+        loop = asyncio.get_running_loop()
+        async with _running(_Reader(), timing=Timing(), per_caller=50) as subscribers:
+            began = loop.time()
+            ends = [(await subscribers.open([user(1)], caller="a")).ends[0] for _ in range(50)]
+        assert 3240 <= min(ends) - began
+        assert max(ends) - loop.time() <= 3600
+        assert max(ends) - min(ends) > 100
+
+    async def test_a_stream_ends_when_its_callers_key_does(self) -> None:
+        """When the keys are others, whoever they no longer prove is sent away; while they are the same nobody asks."""
+        keys: list[object] = [object()]
+        asked = 0
+        holding = True
+
+        def holds() -> bool:
+            nonlocal asked
+            asked += 1
+            return holding
+
+        revoked = metric("goodstanding_streams_ended_total", reason="revoked")
+        async with _running(_Reader(), timing=Timing(look=0.001), keys=lambda: keys[-1]) as subscribers:
+            with (
+                await subscribers.open([user(1)], caller="a", holds=holds) as one,
+                await subscribers.open([user(1)], caller="b") as other,
+            ):
+                for stream in (one, other):
+                    await _text(stream)
+                looked = subscribers.now
+                await eventually(lambda: subscribers.now > looked)
+                assert 0 == asked
+                keys.append(object())
+                await eventually(lambda: asked == 1)
+                holding = False
+                keys.append(object())
+                async with asyncio.timeout(_SECONDS):
+                    assert await one.written() is None
+                subscribers.changed([user(1)])
+                await _quiet(subscribers)
+                other.beat()
+                assert ":\n\n" == await _text(other)
+        assert revoked + 1 == metric("goodstanding_streams_ended_total", reason="revoked")
 
     async def test_a_stream_that_nobody_writes_is_forgotten(self) -> None:
         """A place that was taken for a response that never began is free again soon."""

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import getrandbits
 from typing import Any, Final, TypeVar
 
@@ -252,7 +253,7 @@ class _Endpoints:
         raise HTTPException(405, headers={"Allow": "POST"})
 
     async def stream(self, request: Request) -> Response:
-        """Send each user's reputation now and whenever it changes, until the token expires or the server stops."""
+        """Send each user's reputation now and whenever it changes, for an hour, or until the token holds no longer."""
         now = self._runtime()
         caller = self._authorize(request, LimitKind.READ, Role.AUTHENTICATED, Role.SERVICE_ROLE)
         users = [*dict.fromkeys(map(parse_user_id, request.query_params.getlist("user_id")))]
@@ -265,6 +266,7 @@ class _Endpoints:
             caller=now.authenticator.rate_key(caller, request.scope["headers"], peer),
             last_event_id=request.headers.get("last-event-id", ""),
             expires=caller.expires,
+            holds=partial(now.authenticator.holds, caller),
         )
         return StreamResponse(subscription)
 

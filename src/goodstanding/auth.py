@@ -47,6 +47,9 @@ PublicKey = EllipticCurvePublicKey | RSAPublicKey
 Keys = Mapping[tuple[str, str | None], PublicKey]
 """Public keys by the algorithm they are for and their `kid`, if they have one."""
 
+Signed = tuple[str, str | None, PublicKey]
+"""How a token was signed: the algorithm and `kid` that it names, and the published key that this was."""
+
 _Address = IPv4Address | IPv6Address
 _Network = IPv4Network | IPv6Network
 
@@ -71,12 +74,14 @@ class Role(StrEnum):
 class Caller:
     """Who is asking; `subject` is 1 to 255 characters, or None where no token named one.
 
-    Until `expires` the token holds, if there is one; it does not make another caller.
+    Until `expires` the token holds, if there is one, and as long as what it was `signed` with is published; neither
+    makes another caller.
     """
 
     role: Role
     subject: str | None
     expires: datetime | None = field(default=None, compare=False)
+    signed: "Signed | None" = field(default=None, compare=False)
 
 
 NOBODY: Final = Caller(Role.ANONYMOUS, None)
@@ -297,9 +302,9 @@ class TokenVerifier:
         known = self.known(token.encode())
         if known is not None:
             return known
-        claims = self._signed_claims(token)
+        claims, signed = self._signed_claims(token)
         expires = self._lifetime(claims, self._clock().timestamp())
-        caller = self._caller(claims, expires)
+        caller = self._caller(claims, expires, signed)
         self._cache[hashlib.sha256(token.encode()).digest()] = (expires, caller)
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
@@ -309,6 +314,16 @@ class TokenVerifier:
     def keys(self) -> object:
         """The published keys; another object when they change."""
         return self._key_set.keys if self._key_set is not None else None
+
+    def holds(self, caller: Caller) -> bool:
+        """Tell whether the keys in force would prove this caller again; until when his token holds he knows himself."""
+        if caller.signed is None or self._key_set is None:
+            return True
+        algorithm, kid, key = caller.signed
+        try:
+            return self._key_set.find(algorithm, kid) == key
+        except GoodstandingError:
+            return False
 
     def known(self, token: bytes) -> Caller | None:
         """Give the caller whom a token proved before, while it holds."""
@@ -325,21 +340,22 @@ class TokenVerifier:
         self._cache.move_to_end(digest)
         return known[1]
 
-    def _signed_claims(self, token: str) -> dict[str, Any]:
+    def _signed_claims(self, token: str) -> tuple[dict[str, Any], Signed | None]:
         if "=" in token:
             # PyJWT takes padded segments, RFC 7515 does not: one token has one spelling.
             raise UnauthorizedError
         try:
             # Read leniently only to choose the key; PyJWT reads the same header again, strictly.
             header = json.loads(base64url_decode(token.partition(".")[0]))
-            claims = json.loads(_jws.decode(token, self._key(header), algorithms=[header["alg"]]))
+            key = self._key(header)
+            claims = json.loads(_jws.decode(token, key, algorithms=[header["alg"]]))
         except GoodstandingError:
             raise
         except Exception:  # noqa: BLE001 - whatever a hostile token makes the libraries raise: it does not hold
             raise UnauthorizedError from None
         if not isinstance(claims, dict):
             raise UnauthorizedError
-        return claims
+        return claims, None if isinstance(key, bytes) else (header["alg"], header.get("kid"), key)
 
     def _key(self, header: dict[str, Any]) -> PublicKey | bytes:
         match header:
@@ -361,7 +377,7 @@ class TokenVerifier:
         # Rounded down to the second: a cached token may live shorter than its `exp`, never longer.
         return datetime.fromtimestamp(min(int(expires), _LAST_SECOND), UTC)
 
-    def _caller(self, claims: dict[str, Any], expires: datetime) -> Caller:
+    def _caller(self, claims: dict[str, Any], expires: datetime, signed: Signed | None) -> Caller:
         role = claims.get("role")
         if not isinstance(role, str) or (self._issuer and claims.get("iss") != self._issuer):
             raise UnauthorizedError
@@ -373,7 +389,7 @@ class TokenVerifier:
         if not ((optional and "sub" not in claims) or _is_subject(subject)):
             raise UnauthorizedError
         known = role in {Role.AUTHENTICATED, Role.SERVICE_ROLE}
-        return Caller(Role(role) if known else Role.ANONYMOUS, subject, expires)
+        return Caller(Role(role) if known else Role.ANONYMOUS, subject, expires, signed)
 
 
 def _hmac_secret(secret: str) -> bytes | None:
@@ -448,6 +464,10 @@ class Authenticator:
     def keys(self) -> object:
         """What signatures are checked with at present; another object when that changes."""
         return self._verifier.keys
+
+    def holds(self, caller: Caller) -> bool:
+        """Tell whether what signatures are checked with at present would prove this caller again."""
+        return self._verifier.holds(caller)
 
     def known(self, credentials: bytes) -> Caller | None:
         """Give the caller whom an Authorization header proved before; None: ask `caller`."""

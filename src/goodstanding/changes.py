@@ -18,8 +18,8 @@ from goodstanding import tallies
 from goodstanding.broadcast import beat, lead, messages, notify
 from goodstanding.cache import RedisCache
 from goodstanding.data import Clock, UserId
-from goodstanding.errors import TemporarilyUnavailableError
-from goodstanding.metrics import CHANGE_SECONDS, CHANGES_FOLDED, RELAY_LEADING, USERS_RECOUNTED
+from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
+from goodstanding.metrics import CHANGE_SECONDS, CHANGES_FOLDED, RELAY_FAILURES, RELAY_LEADING, USERS_RECOUNTED
 from goodstanding.tallies import Folded, Recounted
 from goodstanding.tasks import background, check_cancelled
 
@@ -35,6 +35,9 @@ _log = structlog.get_logger("goodstanding")
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
 _BATCH: Final = 2000
 _USERS_A_RECOUNT: Final = 100
+_RECOUNT_TAKES: Final = 0.25
+"""About how long one recount shall take, in seconds: folds and beats wait for it."""
+
 _RECOUNT_SECONDS: Final = (0.05, 1.0)
 _FOLLOW_SECONDS: Final = (0.2, 0.4)
 _AWAKE_SECONDS: Final = 0.3
@@ -236,6 +239,8 @@ class Relay:
         self._clock = clock
         self._random = random
         self._monotonic = monotonic
+        self._causes: set[str] = set()
+        """By which it failed since it last worked."""
 
     async def run(self) -> None:
         """Lead or wait to lead, until cancelled; an outage ends the session, and the next one goes on."""
@@ -245,12 +250,25 @@ class Relay:
                 try:
                     async with self._open_ledger() as ledger:
                         await self._serve(ledger)
-                except TemporarilyUnavailableError as error:
-                    _log.debug("relay_session_ended", cause=repr(error.__cause__))
-                except Exception:  # noqa: BLE001 - see below
+                except Exception as error:  # noqa: BLE001 - see below
                     # Whatever it was, reads are exact without a relay: the process that serves them must outlive it.
-                    _log.exception("relay_failed")
+                    self._failed(error)
             await asyncio.sleep(self._random(*_FOLLOW_SECONDS))
+
+    def _failed(self, error: Exception) -> None:
+        """Count a failure, and tell of it, once for each cause until the relay has worked again."""
+        outage = isinstance(error, TemporarilyUnavailableError)
+        # What ails the database comes as the cause of an outage. Its text may quote anything.
+        origin = error.__cause__ if outage and not isinstance(error, CacheAwayError) else None
+        cause = type(origin or error).__name__
+        RELAY_FAILURES.labels(cause).inc()
+        if cause in self._causes:
+            return
+        self._causes.add(cause)
+        if outage:
+            _log.warning("relay_interrupted", cause=cause)
+        else:
+            _log.exception("relay_failed")
 
     async def _serve(self, ledger: Ledger) -> None:
         while (term := await ledger.lead()) is None:
@@ -266,6 +284,7 @@ class Relay:
 
     async def _lead(self, ledger: Ledger, term: int) -> None:
         beat_due = recount_due = self._monotonic()
+        users = _USERS_A_RECOUNT
         while True:
             check_cancelled()
             looked = self._monotonic()
@@ -276,9 +295,15 @@ class Relay:
                 beat_due = looked + BEAT_SECONDS
                 await self._publisher.beat(ledger, term, looked)
             if looked >= recount_due:
-                recounted = await ledger.recount(_USERS_A_RECOUNT)
+                began = self._monotonic()
+                recounted = await ledger.recount(users)
                 USERS_RECOUNTED.inc(recounted.users)
-                recount_due = self._monotonic() + _RECOUNT_SECONDS[0 if recounted.users else 1]
+                ended = self._monotonic()
+                recount_due = ended + _RECOUNT_SECONDS[0 if recounted.users else 1]
+                fitting = int(users * _RECOUNT_TAKES / max(ended - began, 0.001))
+                users = max(1, min(fitting, 2 * users, _USERS_A_RECOUNT))
+                # It has done everything that it is for.
+                self._causes.clear()
             await asyncio.sleep(self._poll_seconds)
 
     async def _fold(self, ledger: Ledger) -> bool:

@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +27,7 @@ from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
 from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
 from goodstanding.main import create_served_app, open_relay, open_service
+from goodstanding.metrics import shared_folder
 from goodstanding.reputation_service import MOST_USERS, Answer, Source
 from goodstanding.settings import Settings, load_settings
 
@@ -117,9 +116,7 @@ def serve(
     _allow_open_files()
     # uvicorn ends in order and then raises the signal again; by default that would skip what is cleaned up here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="goodstanding-metrics-") as folder:
-        if workers > 1:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    with shared_folder() if workers > 1 else nullcontext():
         config = uvicorn.Config(
             served if workers == 1 else "goodstanding.main:create_served_app",
             factory=workers > 1,

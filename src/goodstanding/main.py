@@ -235,6 +235,7 @@ async def open_runtime(
             opened.service.read_many,
             clock=utc_now,
             fresh=opened.freshness.trusted,
+            keys=lambda: authenticator.keys,
             per_caller=settings.streams_per_caller,
             per_process=settings.streams_per_process,
         )

@@ -4,12 +4,21 @@ Several worker processes add up when PROMETHEUS_MULTIPROC_DIR is set before this
 """
 
 import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+if sys.platform != "win32":
+    import fcntl
+
+_FOLDERS: Final = "goodstanding-metrics-"
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 REQUEST_SECONDS: Final = Histogram(
@@ -66,6 +75,11 @@ CHANGE_SECONDS: Final = Histogram(
     "Age of the oldest change of a batch when its users' cached reputations were dropped.",
     buckets=(*_SECONDS, 10.0, 60.0, 600.0),
 )
+RELAY_FAILURES: Final = Counter(
+    "goodstanding_relay_failures_total",
+    "Failures that ended an attempt of this process's relay to carry changes, by cause (an exception's class).",
+    ("cause",),
+)
 USERS_RECOUNTED: Final = Counter("goodstanding_users_recounted_total", "Users whose tally the relay counted again.")
 RELAY_LEADING: Final = Gauge(
     "goodstanding_relay_leading",
@@ -84,7 +98,8 @@ STREAMS: Final = Gauge("goodstanding_streams", "Streams that are open.", multipr
 STREAM_EVENTS: Final = Counter("goodstanding_stream_events_total", "Events that were sent, over all streams.")
 STREAMS_ENDED: Final = Counter(
     "goodstanding_streams_ended_total",
-    "Streams that ended, by reason: gone (the client), slow (it did not read), expired (its token), stopped (we).",
+    "Streams that ended, by reason: gone (the client), slow (it did not read), expired (its token), revoked (the key "
+    "of its token), aged (after an hour), stopped (we).",
     ("reason",),
 )
 
@@ -98,11 +113,53 @@ def render() -> bytes:
     return generate_latest(registry)
 
 
+@contextmanager
+def shared_folder() -> Iterator[None]:
+    """Let the worker processes that are started in the block add up, in a folder that goes when it ends.
+
+    Whoever is killed leaves his behind. The next one of the same user removes it, unless a process of it is left: each
+    holds a lock, which no process outlives.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        _remove_unless_held(path)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDERS))
+        _hold(folder)
+        if folder.exists():  # else somebody who starts as well took it for one that was left
+            break
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hold(folder: Path) -> None:
+    """Keep a folder from being removed by others, as long as this process lives."""
+    if sys.platform != "win32":
+        with suppress(OSError):  # not every file system knows locks; there nobody removes anything
+            # Never closed: that would end the lock.
+            fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    if sys.platform != "win32":
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
 def forget_ended_processes() -> None:
-    """Drop what worker processes that have ended said of the present: a worker calls it when it starts."""
+    """Drop what worker processes that have ended said of the present, and hold the folder: a worker's first deed."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if folder is None or os.name != "posix":
         return
+    _hold(Path(folder))
     for pid in {int(path.stem.rpartition("_")[2]) for path in Path(folder).glob("gauge_live*.db")}:
         try:
             os.kill(pid, 0)

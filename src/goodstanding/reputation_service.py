@@ -201,7 +201,9 @@ class ReputationService:
         self._refreshing: set[UserId] = set()
         self._events = count()
         self._looking: list[tuple[UserId, Callable[[Look | None], None]]] = []
-        self._checked = -_CHECK_SECONDS
+        self._checked = float("-inf")
+        self._answers = True
+        """Whether the database answered when `check` asked it last."""
 
     @classmethod
     @asynccontextmanager
@@ -239,17 +241,25 @@ class ReputationService:
                 await service._settle()
 
     async def check(self) -> tuple[str, ...]:
-        """Name the dependencies that are away: of `database` and `cache`. Asks the database at most once a second."""
+        """Name the dependencies that are away: of `database` and `cache`.
+
+        It asks the database at most once a second, and not twice at a time; in between it tells what it saw last. What
+        it sees is no more to the circuit than what one read sees: a single late answer takes nothing from anybody.
+        """
         loop = asyncio.get_running_loop()
         if loop.time() - self._checked >= _CHECK_SECONDS:
-            self._checked = loop.time()
+            self._checked = float("inf")
             try:
                 await self._history.ping()
             except TemporarilyUnavailableError:
-                self._database.open()
+                self._answers = False
+                self._database.failed()
             else:
+                self._answers = True
                 self._database.close()
-        away = {"database": not self._database.closed, "cache": not self._cache.available}
+            finally:
+                self._checked = loop.time()
+        away = {"database": not (self._answers and self._database.closed), "cache": not self._cache.available}
         return tuple(name for name, is_away in away.items() if is_away)
 
     async def read(self, user_id: UserId, *, use_cache: bool = True, look: Look | None = None) -> Answer:

@@ -64,6 +64,8 @@ class Ending(StrEnum):
     GONE = "gone"
     SLOW = "slow"
     EXPIRED = "expired"
+    REVOKED = "revoked"
+    AGED = "aged"
     STOPPED = "stopped"
 
 
@@ -77,6 +79,8 @@ class Timing:
     """Longest time that a client may take to read what is sent."""
     stop: float = 0.5
     """The same, once the server stops."""
+    life: float = 3600.0
+    """Longest life of a stream, however long its token holds; up to a tenth less, so that not all end at once."""
     first: float = 10.0
     """Longest wait for the first values."""
     look: float = 0.25
@@ -135,7 +139,8 @@ class Subscription:
         "_waiter",
         "caller",
         "drop",
-        "expires",
+        "ends",
+        "holds",
         "ready",
         "sending_since",
         "silent_since",
@@ -143,11 +148,20 @@ class Subscription:
     )
 
     def __init__(
-        self, owner: "Subscribers", watched: Sequence[_Watched], *, caller: str, expires: float, now: float
+        self,
+        owner: "Subscribers",
+        watched: Sequence[_Watched],
+        *,
+        caller: str,
+        holds: Callable[[], bool],
+        ends: tuple[float, Ending],
+        now: float,
     ) -> None:
         self.watched = watched
         self.caller = caller
-        self.expires = expires
+        self.holds = holds
+        self.ends = ends
+        """When it ends if nothing ends it before, in the loop's time, and why."""
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.drop: Callable[[], None] | None = None
         """Ends the connection of a client that does not read; set by whoever writes the stream."""
@@ -244,7 +258,8 @@ class Subscribers:
     """Everybody's streams, at most `per_process`, and `per_caller` of one caller. Belongs to one event loop.
 
     `read_many` is called by `run()` alone, one call at a time, so the reads of one user follow one another. `fresh`
-    tells whether all changes are heard of; while they are not, everybody is read again twice a second.
+    tells whether all changes are heard of; while they are not, everybody is read again twice a second. `keys` gives
+    what tokens are checked with; when it is another object, each stream is asked whether its caller's still holds.
     """
 
     def __init__(
@@ -253,6 +268,7 @@ class Subscribers:
         *,
         clock: Clock,
         fresh: Callable[[], bool] = lambda: True,
+        keys: Callable[[], object] = lambda: None,
         per_caller: int = 20,
         per_process: int = 5000,
         timing: Timing | None = None,
@@ -265,6 +281,7 @@ class Subscribers:
         self._read_many = read_many
         self._clock = clock
         self._fresh = fresh
+        self._keys = keys
         self._per_caller = per_caller
         self._per_process = per_process
         self._timing = Timing() if timing is None else timing
@@ -291,14 +308,21 @@ class Subscribers:
         self._work.set()
 
     async def open(
-        self, users: Iterable[UserId], *, caller: str, last_event_id: str = "", expires: datetime | None = None
+        self,
+        users: Iterable[UserId],
+        *,
+        caller: str,
+        last_event_id: str = "",
+        expires: datetime | None = None,
+        holds: Callable[[], bool] = lambda: True,
     ) -> Subscription:
         """Open a stream of these users, whose present values are known when this returns.
 
-        It ends when `expires` is over. Raises RateLimitedError when the caller has too many of them, and
-        TemporarilyUnavailableError when the process has, when it stops, or when the values cannot be had.
+        It ends when `expires` is over, when it `holds` no longer after the keys have changed, and when it is an hour
+        old. Raises RateLimitedError when the caller has too many of them, and TemporarilyUnavailableError when the
+        process has, when it stops, or when the values cannot be had.
         """
-        subscription = self._admit(users, caller, expires)
+        subscription = self._admit(users, caller, expires, holds)
         try:
             async with asyncio.timeout(self._timing.first):
                 await subscription.ready
@@ -310,7 +334,9 @@ class Subscribers:
         subscription.resume(last_event_id)
         return subscription
 
-    def _admit(self, users: Iterable[UserId], caller: str, expires: datetime | None) -> Subscription:
+    def _admit(
+        self, users: Iterable[UserId], caller: str, expires: datetime | None, holds: Callable[[], bool]
+    ) -> Subscription:
         if self._callers[caller] >= self._per_caller:
             RATE_LIMITED.labels("stream").inc()
             message = "Too many open streams. Close one first."
@@ -318,9 +344,11 @@ class Subscribers:
         if self._stopped or len(self._open) >= self._per_process:
             raise TemporarilyUnavailableError(retry_after=_RETRY_AFTER_SECONDS)
         self.now = now = asyncio.get_running_loop().time()
-        left = float("inf") if expires is None else (expires - self._clock()).total_seconds()
+        life = self._timing.life * self._uniform(0.9, 1.0)
+        left = life if expires is None else (expires - self._clock()).total_seconds()
+        ends = (now + left, Ending.EXPIRED) if left < life else (now + life, Ending.AGED)
         watched = [self._watched.setdefault(user, _Watched(user)) for user in dict.fromkeys(users)]
-        subscription = Subscription(self, watched, caller=caller, expires=now + left, now=now)
+        subscription = Subscription(self, watched, caller=caller, holds=holds, ends=ends, now=now)
         for one in watched:
             one.streams.add(subscription)
         self._open.add(subscription)
@@ -367,11 +395,14 @@ class Subscribers:
     async def _look_after(self) -> None:
         loop = asyncio.get_running_loop()
         renewed = mistrusted = loop.time()
-        fresh = True
+        fresh, keys = True, self._keys()
         while True:
             await asyncio.sleep(self._timing.look)
             self.now = now = loop.time()
+            known, keys = keys, self._keys()
             for subscription in tuple(self._open):
+                if keys is not known and not subscription.holds():
+                    subscription.end(Ending.REVOKED)
                 self._attend(subscription, now)
             STREAM_EVENTS.inc(self.events)
             self.events = 0
@@ -392,8 +423,8 @@ class Subscribers:
                     self.close(subscription, Ending.SLOW)
                 else:
                     subscription.drop()
-        elif now >= subscription.expires:
-            subscription.end(Ending.EXPIRED)
+        elif now >= subscription.ends[0]:
+            subscription.end(subscription.ends[1])
         elif now - subscription.silent_since >= self._timing.heartbeat:
             subscription.beat()
 
