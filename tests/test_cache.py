@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Connection, Redis, RedisCluster, SSLConnection
 
 from goodstanding import cache as cache_module
 from goodstanding import wire as wire_module
@@ -21,6 +21,7 @@ from goodstanding.embedded import Valkey
 from goodstanding.entry import Entry, Fetched, Lives, decode, encode
 from goodstanding.errors import CacheAwayError
 from goodstanding.policy import LEGACY, STANDARD
+from goodstanding.tasks import background
 from tests.parts import (
     LIVES,
     NOON,
@@ -664,6 +665,19 @@ def test_a_sentinel_may_need_no_name_and_no_database() -> None:
         client: Any = connect(f"redis+sentinel://{credentials}one/main/", deadline=0.05)
         kwargs = client.connection_pool.connection_kwargs
         assert (*expected, 0) == (kwargs["username"], kwargs["password"], kwargs["db"])
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("redis", Connection), ("rediss", SSLConnection)])
+async def test_a_cluster_is_listened_to_the_way_it_is_asked(
+    scheme: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where commands go over TLS, what is heard comes over TLS too."""
+    client: Any = connect(f"{scheme}+cluster://example:7000", deadline=0.05)
+    monkeypatch.setattr(client, "get_random_node", lambda: client.startup_nodes[0])
+    async with background() as spawn:
+        cache = RedisCache(client, spawn, deadline=0.05, policy="", lives=LIVES, oldest=lambda: None)
+        pool = cache._listening_pool()  # noqa: SLF001 - no Cluster here speaks TLS
+    assert (expected, "example") == (pool.connection_class, pool.connection_kwargs["host"])
 
 
 async def test_a_new_connection_logs_in_and_nothing_else(redis_url: str) -> None:
