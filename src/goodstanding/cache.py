@@ -304,7 +304,7 @@ class RedisCache:
         *others, last = keys
         for asked, said in ((others, ""), ([last], message)):
             replies = await self._send([("EVAL", _VOUCH, 1, key, run, self._channel, said) for key in asked])
-            doubted |= {key: reply.decode() for key, reply in zip(asked, replies, strict=True) if reply != 1}
+            doubted = {key: reply.decode() for key, reply in zip(asked, replies, strict=True) if reply != 1}
             if doubted:
                 break
         return doubted
