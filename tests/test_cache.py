@@ -680,6 +680,25 @@ async def test_a_cluster_is_listened_to_the_way_it_is_asked(
     assert (expected, "example") == (pool.connection_class, pool.connection_kwargs["host"])
 
 
+async def test_no_connection_to_a_sentinel_is_left(valkey: Valkey, redis_url: str) -> None:
+    """A closed cache has closed its connections to the Sentinels too, also to one that gave no answer of use."""
+    async with admin(redis_url) as client:
+        mine = len(await client.client_list())
+        password = str((await client.config_get("requirepass"))["requirepass"])
+        await client.config_set("requirepass", "")  # a Sentinel asks for none; one that did would be left at once
+        try:
+            async with open_redis(f"redis+sentinel://127.0.0.1:{valkey.port}/main") as cache:
+                assert mine < len(await client.client_list())
+        finally:
+            await client.config_set("requirepass", password)
+
+        async def is_left() -> bool:
+            return mine == len(await client.client_list())
+
+        await eventually(is_left)
+        assert not cache.available
+
+
 async def test_a_new_connection_logs_in_and_nothing_else(redis_url: str) -> None:
     """No greeting of the client library costs a round trip, which the deadline would have to pay for."""
     proxy = Proxy(redis_url)
