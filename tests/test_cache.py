@@ -662,7 +662,8 @@ def test_a_sentinel_that_hangs_leaves_time_for_the_next() -> None:
 def test_a_sentinel_may_need_no_name_and_no_database() -> None:
     """Without credentials there are none, a password may stand without a name, and the database is 0."""
     for credentials, expected in (("", (None, None)), (":p%3Aw@", (None, "p:w")), ("m%65:p:w@", ("me", "p:w"))):
-        client: Any = connect(f"redis+sentinel://{credentials}one/main/", deadline=0.05)
+        client: Any = connect(f"redis+sentinel://{credentials}one/X/", deadline=0.05)
+        assert "X" == client.connection_pool.service_name
         kwargs = client.connection_pool.connection_kwargs
         assert (*expected, 0) == (kwargs["username"], kwargs["password"], kwargs["db"])
 
