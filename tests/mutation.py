@@ -20,8 +20,8 @@ from goodstanding.embedded import Postgres
 
 PREPARED: Final = "PREPARED_POSTGRES"
 """The environment variable that names the folder of a stopped PostgreSQL which has both templates."""
-# Seconds that a test's servers take to start, which the duration of the test itself does not count.
-_SERVERS: Final = {"valkey": 0.2, "postgres": 0.5, "nodes": 5.0}
+# What a test's servers add to its place in the order, in seconds: its own duration does not count them.
+_SERVERS: Final = {"valkey": 0.2, "postgres": 0.5, "nodes": 1.0}
 _SUSPICIOUS: Final = 35
 # A change that makes a test wait for what never comes is noticed after this, and four times what the test takes.
 _PATIENCE: Final = 8.0

@@ -190,7 +190,7 @@ async def test_everybody_is_dropped_at_once(kit: Kit) -> None:
     """It tells how many values went; leases and last known good copies go too."""
     users = [user(number) for number in range(10)]
     await kit.cache.lease(users, "t1")
-    await kit.cache.fill(dict.fromkeys(users[:7], entry()), "t1")
+    await kit.cache.fill({**dict.fromkeys(users[:6], entry()), users[6]: _UNKNOWN}, "t1")
     assert 7 == await kit.cache.invalidate_all()
     assert [_NOTHING] * 10 == await kit.cache.fetch(users)
     assert [None] * 10 == await kit.cache.fetch_last_good(users)
