@@ -64,7 +64,7 @@ fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60
 # Without ONLY all of it, anew; with it, these changes again, the others as they were.
 mutation: .venv/.mutation ## change four modules in every small way, and tell which changes no test notices (ONLY='goodstanding.auth*')
 	@test -n "$(ONLY)" || rm -rf mutants
-	@$(BIN)/mutmut run --max-children $(or $(CHILDREN),2) $(if $(ONLY),'$(ONLY)')
+	@$(BIN)/python -m tests.mutation --max-children $(or $(CHILDREN),2) $(if $(ONLY),'$(ONLY)')
 	@$(BIN)/mutmut results
 	@$(BIN)/mutmut results --all true | sed -nE 's/^ *goodstanding\.([a-z]+)\..*: (.*)/\1: \2/p' | sort | uniq -c
 

@@ -1,6 +1,7 @@
 """Real servers for the session, a fresh database for every test that asks for one."""
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,8 @@ import pytest
 import redis
 
 from goodstanding.data import SessionId, UserId
-from goodstanding.embedded import Postgres, Valkey
+from goodstanding.embedded import Postgres, Valkey, kept_secret
+from tests import mutation
 
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
@@ -23,8 +25,16 @@ HOST_SQL: Final = Path(__file__).parent.parent / "src" / "goodstanding" / "host.
 OWNER: Final = "host_owner"
 SERVICE: Final = "app_login"
 SCHEDULED: Final = datetime(2026, 5, 1, 18, 0, tzinfo=UTC)
-_PASSWORD: Final = secrets.token_urlsafe(16)
+# `make mutation` has a PostgreSQL with both templates, of which each of its many sessions runs a copy.
+_PREPARED: Final = os.environ.get(mutation.PREPARED)
+_PASSWORD: Final = kept_secret(Path(_PREPARED) / "password") if _PREPARED else secrets.token_urlsafe(16)
 _SECONDS: Final = 30.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `make mutation` have its own order and its own deadlines."""
+    if _PREPARED:
+        config.pluginmanager.register(mutation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +120,8 @@ async def command(connection: "asyncpg.Connection[asyncpg.Record] | Connection",
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """Run PostgreSQL for the session; a test may pause or kill it."""
-    with Postgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+    folder = mutation.copy_of(Path(_PREPARED)) if _PREPARED else tmp_path_factory.mktemp("postgres")
+    with Postgres(folder, durable=False) as server:
         yield server
 
 
@@ -124,14 +135,16 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 @pytest.fixture(scope="session")
 def bare_template(postgres: Postgres) -> str:
     """Give the name of a template database with the host's tables and nothing of ours."""
-    _run(make_bare_template(postgres))
+    if not _PREPARED:
+        _run(make_bare_template(postgres))
     return "bare_template"
 
 
 @pytest.fixture(scope="session")
 def template(postgres: Postgres, bare_template: str) -> str:
     """Give the name of a template database with the host's tables and our migration."""
-    _run(make_template(postgres, bare_template))
+    if not _PREPARED:
+        _run(make_template(postgres, bare_template))
     return "template"
 
 

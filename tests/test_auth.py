@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_network
 from typing import Any, Final, Self, cast
@@ -24,6 +25,8 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from goodstanding.auth import (
+    MAX_KEY_SET_BYTES,
+    MAX_KEYS,
     MAX_TOKEN_LENGTH,
     NOBODY,
     Authenticator,
@@ -284,6 +287,7 @@ def test_a_required_issuer_must_be_exact(issuer: object) -> None:
         {"alg": "HS256", "crit": []},
         {"alg": "HS256", "crit": ["b64"], "b64": True},
         {"alg": "HS256", "b64": False, "crit": ["b64"]},
+        {"alg": "HS256", "b64": True},
         {"alg": "HS256", "kid": 7},
         {"alg": "HS256", "kid": None},
         [],
@@ -453,10 +457,11 @@ def test_a_refusal_is_not_remembered(decoded: list[str]) -> None:
 
 
 class KeyServer:
-    """A small HTTP server on loopback that publishes whatever the test gives it, and counts the requests."""
+    """A small HTTP server on loopback that publishes what the test gives it, and counts what it is asked."""
 
     def __init__(self) -> None:
         self.requests = 0
+        self.asked: Message | None = None
         self.answer: Callable[[BaseHTTPRequestHandler], None] = self.publishes()
         self.release = threading.Event()
         server = self
@@ -464,6 +469,7 @@ class KeyServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.requests += 1
+                server.asked = self.headers
                 server.answer(self)
 
             def log_message(self, *_: object) -> None:
@@ -591,6 +597,30 @@ async def test_a_token_without_key_id_holds_where_there_is_no_choice(server: Key
         await until(lambda: len(key_set.keys or ()) == 2 and ("ES256", "2") in (key_set.keys or ()))
         assert refuses(asymmetric(EC_KEY, None), by=checker)
         assert SUBJECT == checker.verify(asymmetric(other, "2")).subject
+
+
+async def test_keys_are_asked_for_as_plain_json(server: KeyServer) -> None:
+    """A request for keys asks for JSON, and for nothing compressed."""
+    async with opened(server):
+        assert server.asked is not None
+        assert ("application/json", "identity") == (server.asked["accept"], server.asked["accept-encoding"])
+
+
+@pytest.mark.parametrize(("size", "expected"), [(MAX_KEY_SET_BYTES, True), (MAX_KEY_SET_BYTES + 1, False)])
+async def test_a_key_set_may_come_in_pieces_up_to_the_bound(server: KeyServer, size: int, *, expected: bool) -> None:
+    """However an answer is cut up, it is read whole, and counts unless it is longer than the bound."""
+    body = json.dumps({"keys": [published(EC_KEY)]}).encode()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("transfer-encoding", "chunked")
+        request.end_headers()
+        for piece in (body, b" " * (size - len(body)), b""):
+            request.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    server.answer = answer
+    async with opened(server) as key_set:
+        assert expected is key_set.ready
 
 
 async def test_a_published_key_never_serves_as_a_secret(server: KeyServer) -> None:
@@ -866,8 +896,15 @@ async def test_a_key_set_leaves_no_task_behind(server: KeyServer) -> None:
     assert {asyncio.current_task()} == asyncio.all_tasks()
 
 
+async def test_what_fails_inside_a_key_set_comes_out_as_it_is(server: KeyServer) -> None:
+    """An error in the block is not wrapped into a group by the task that refreshes the keys."""
+    with pytest.raises(ZeroDivisionError):
+        async with opened(server):
+            raise ZeroDivisionError
+
+
 async def test_a_change_of_state_is_one_line(server: KeyServer) -> None:
-    """The log has a line for each change of state and none for each fetch, and never the address."""
+    """The log has a line for each change of state, with its reason, none for each fetch, and never the address."""
     server.answer = server.publishes(published(EC_KEY))
     with capture_logs() as lines:
         async with opened(server) as key_set:
@@ -878,8 +915,13 @@ async def test_a_change_of_state_is_one_line(server: KeyServer) -> None:
             server.answer = server.publishes(published(EC_KEY))
             await until(lambda: not key_set.degraded)
             await more_fetches(server, 3)
-    expected = ["jwks_available", "jwks_keys_changed", "jwks_unavailable", "jwks_available"]
-    assert expected == [line["event"] for line in lines]
+    expected = [
+        ("jwks_available", None, 1),
+        ("jwks_keys_changed", None, 1),
+        ("jwks_unavailable", "ValueError", None),
+        ("jwks_available", None, 1),
+    ]
+    assert expected == [(line["event"], line.get("reason"), line.get("keys")) for line in lines]
     assert "127.0.0.1" not in str(lines)
 
 
@@ -927,6 +969,12 @@ def test_of_two_keys_with_one_name_the_first_counts() -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     document = json.dumps({"keys": [published(EC_KEY), published(other)]}).encode()
     assert {("ES256", "1"): EC_KEY.public_key()} == parse_keys(document)
+
+
+def test_a_key_set_may_hold_as_many_keys_as_the_bound() -> None:
+    """The bound on keys is one that a key set may reach."""
+    keys = [published(EC_KEY, str(number)) for number in range(MAX_KEYS)]
+    assert MAX_KEYS == len(parse_keys(json.dumps({"keys": keys}).encode()))
 
 
 @given(st.binary(max_size=100) | _JSON.map(lambda value: json.dumps({"keys": [value]}).encode()))
@@ -977,7 +1025,7 @@ def test_a_caller_who_proved_himself_is_known_by_his_header() -> None:
         text,
         b"Basic " + text,
         b"Bearer",
-        b"Bearer " + text + b"x",
+        b"Bearer " + text + b"X",
         b"Bearer\t" + text,
         b"Bearer \t" + text,
     ):
@@ -997,6 +1045,7 @@ def test_a_caller_who_proved_himself_is_known_by_his_header() -> None:
         b"Bearer\t" + token().encode(),
         b"Bearer \t" + token().encode(),
         b"Bearer " + token().encode() + b", Bearer " + token().encode(),
+        b"Bearer " + token().encode() + b"X",
         b"Bearer \xff\xfe",
         b"Bearer " + b"x" * 100_000,
         "Bearer é".encode(),
@@ -1128,6 +1177,7 @@ PROXIES: Final = (ip_network("10.0.0.0/8"), ip_network("2001:db8:1::/48"))
         ("2001:db8:2::1", ["198.51.100.7"], "2001:db8:2::1"),
         ("fe80::1%eth0", ["198.51.100.7"], "fe80::1"),
         ("10.0.0.1", ["198.51.100.07"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7X"], "10.0.0.1"),
         ("10.0.0.1", ["\xff"], "10.0.0.1"),
         ("10.0.0.1", ["198.51.100.7\xa0"], "10.0.0.1"),
         (None, ["198.51.100.7"], "unknown"),

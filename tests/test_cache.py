@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Connection, Redis, RedisCluster, SSLConnection
 
 from goodstanding import cache as cache_module
 from goodstanding import wire as wire_module
@@ -21,6 +21,7 @@ from goodstanding.embedded import Valkey
 from goodstanding.entry import Entry, Fetched, Lives, decode, encode
 from goodstanding.errors import CacheAwayError
 from goodstanding.policy import LEGACY, STANDARD
+from goodstanding.tasks import background
 from tests.parts import (
     LIVES,
     NOON,
@@ -189,7 +190,7 @@ async def test_everybody_is_dropped_at_once(kit: Kit) -> None:
     """It tells how many values went; leases and last known good copies go too."""
     users = [user(number) for number in range(10)]
     await kit.cache.lease(users, "t1")
-    await kit.cache.fill(dict.fromkeys(users[:7], entry()), "t1")
+    await kit.cache.fill({**dict.fromkeys(users[:6], entry()), users[6]: _UNKNOWN}, "t1")
     assert 7 == await kit.cache.invalidate_all()
     assert [_NOTHING] * 10 == await kit.cache.fetch(users)
     assert [None] * 10 == await kit.cache.fetch_last_good(users)
@@ -661,9 +662,42 @@ def test_a_sentinel_that_hangs_leaves_time_for_the_next() -> None:
 def test_a_sentinel_may_need_no_name_and_no_database() -> None:
     """Without credentials there are none, a password may stand without a name, and the database is 0."""
     for credentials, expected in (("", (None, None)), (":p%3Aw@", (None, "p:w")), ("m%65:p:w@", ("me", "p:w"))):
-        client: Any = connect(f"redis+sentinel://{credentials}one/main/", deadline=0.05)
+        client: Any = connect(f"redis+sentinel://{credentials}one/X/", deadline=0.05)
+        assert "X" == client.connection_pool.service_name
         kwargs = client.connection_pool.connection_kwargs
         assert (*expected, 0) == (kwargs["username"], kwargs["password"], kwargs["db"])
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("redis", Connection), ("rediss", SSLConnection)])
+async def test_a_cluster_is_listened_to_the_way_it_is_asked(
+    scheme: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where commands go over TLS, what is heard comes over TLS too."""
+    client: Any = connect(f"{scheme}+cluster://example:7000", deadline=0.05)
+    monkeypatch.setattr(client, "get_random_node", lambda: client.startup_nodes[0])
+    async with background() as spawn:
+        cache = RedisCache(client, spawn, deadline=0.05, policy="", lives=LIVES, oldest=lambda: None)
+        pool = cache._listening_pool()  # noqa: SLF001 - no Cluster here speaks TLS
+    assert (expected, "example") == (pool.connection_class, pool.connection_kwargs["host"])
+
+
+async def test_no_connection_to_a_sentinel_is_left(valkey: Valkey, redis_url: str) -> None:
+    """A closed cache has closed its connections to the Sentinels too, also to one that gave no answer of use."""
+    async with admin(redis_url) as client:
+        mine = len(await client.client_list())
+        password = str((await client.config_get("requirepass"))["requirepass"])
+        await client.config_set("requirepass", "")  # a Sentinel asks for none; one that did would be left at once
+        try:
+            async with open_redis(f"redis+sentinel://127.0.0.1:{valkey.port}/main") as cache:
+                assert mine < len(await client.client_list())
+        finally:
+            await client.config_set("requirepass", password)
+
+        async def is_left() -> bool:
+            return mine == len(await client.client_list())
+
+        await eventually(is_left)
+        assert not cache.available
 
 
 async def test_a_new_connection_logs_in_and_nothing_else(redis_url: str) -> None:

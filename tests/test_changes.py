@@ -92,11 +92,13 @@ def _relay(
 
 
 @asynccontextmanager
-async def _relaying(database: Database, url: str, *, deadline: float = 0.5) -> AsyncIterator[_Told]:
+async def _relaying(
+    database: Database, url: str, *, deadline: float = 0.5, monotonic: Callable[[], float] = time.monotonic
+) -> AsyncIterator[_Told]:
     """Run a relay until the block ends."""
     async with open_redis(url, deadline=deadline) as cache, background() as spawn:
         told = _Told(RedisPublisher(cache))
-        spawn(_relay(database, told).run())
+        spawn(_relay(database, told, monotonic=monotonic).run())
         await eventually(lambda: bool(told.beats))
         yield told
 
@@ -259,25 +261,33 @@ class TestCarrying:
             assert all(1 <= len(batch or ()) <= 2000 for batch in told.told)
             assert users == {each for batch in told.told for each in batch or ()}
 
-    async def test_no_beat_comes_between_two_batches(self, database: Database, redis_url: str) -> None:
-        """While more waits than one fold takes, nothing is said to be told, and the lead goes on."""
-        beats: list[int] = []
-        async with _relaying(database, redis_url) as told, database.owner() as owner:
+    @pytest.mark.parametrize(
+        ("users", "seconds", "expected"),
+        [
+            # Three batches: only the last look found no more than was told.
+            (5000, 0.3, [0.0, 0.6, 0.9]),
+            # Two batches that take as long as a look may be past.
+            (3000, 0.4, [0.0, 0.8]),
+        ],
+    )
+    async def test_a_beat_is_of_a_look_at_all_there_was_and_not_long_past(
+        self, database: Database, redis_url: str, users: int, seconds: float, expected: list[float]
+    ) -> None:
+        """While more waits than one fold takes nothing is said to be told, nor is what was so too long ago."""
+        now = 0.0
+
+        async def take() -> None:
+            nonlocal now
+            now += seconds
+
+        async with _relaying(database, redis_url, monotonic=lambda: now) as told, database.owner() as owner:
             await eventually(lambda: _is_folded(database))
-
-            async def note() -> None:
-                beats.append(len(told.beats))
-                async with database.owner() as other:  # longer than from one beat to the next
-                    await other.execute("select pg_sleep(0.3)")
-
-            told.before = note
+            told.before = take
             await owner.execute(
-                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, 5000)"
+                "insert into public.user_profiles (id) select gen_random_uuid() from generate_series(1, $1::int)", users
             )
-            await eventually(lambda: len(beats) == 3)
-            told.before = None
-            await eventually(lambda: len(told.beats) > beats[-1])
-        assert [beats[0]] * 3 == beats
+            await eventually(lambda: len(told.beats) >= len(expected))
+        assert expected == pytest.approx([looked for _, looked in told.beats])
         assert 1 == len({term for term, _ in told.beats})
 
     async def test_how_long_a_change_took_is_measured(self, database: Database, redis_url: str) -> None:

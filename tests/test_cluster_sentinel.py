@@ -185,6 +185,7 @@ async def test_every_node_of_a_cluster_is_vouched_for(cluster: RedisCache, nodes
             with plain(node) as client:
                 assert 1 == len(client.keys("{goodstanding:probe*}:run"))
                 client.flushall()
+            assert {b"all", b"hello"} >= set(heard)
             heard.clear()
             await cluster.say_vouched("hello")
             await eventually(lambda: b"all" in heard)

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from types import TracebackType
 from typing import Any, Final, Self, TypeGuard
 
 import httpx2
@@ -156,10 +155,8 @@ class KeySet:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
 
     async def _keep_fresh(self, client: httpx2.AsyncClient) -> None:
         retry_seconds = self._first_retry_seconds

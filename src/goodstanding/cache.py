@@ -300,14 +300,13 @@ class RedisCache:
 
     async def _vouch(self, keys: Sequence[str], run: str, message: str) -> dict[str, str]:
         """Ask each server whether its run is vouched for, and the last to say the message; gives the doubted runs."""
-        doubted: dict[str, str] = {}
         *others, last = keys
         for asked, said in ((others, ""), ([last], message)):
             replies = await self._send([("EVAL", _VOUCH, 1, key, run, self._channel, said) for key in asked])
-            doubted |= {key: reply.decode() for key, reply in zip(asked, replies, strict=True) if reply != 1}
+            doubted = {key: reply.decode() for key, reply in zip(asked, replies, strict=True) if reply != 1}
             if doubted:
-                break
-        return doubted
+                return doubted
+        return {}
 
     @asynccontextmanager
     async def subscription(
