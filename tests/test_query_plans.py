@@ -25,6 +25,7 @@ from generate_series(1, 5000) as n;
 insert into public.wingman_sessions (match_id, status)
 select md5('match' || n)::uuid, (array['completed', 'no_show', 'cancelled', 'scheduled'])[1 + n % 4]
 from generate_series(1, 5000) as n;
+alter table reputation.attributions set (autovacuum_enabled = false); -- so that a look at an index is one at the table
 insert into reputation.attributions (session_id, at_fault, reason, said_by)
 select id, 'nobody', 'seen', 'support' from public.wingman_sessions;
 """
