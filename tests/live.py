@@ -23,8 +23,8 @@ from uuid import UUID
 
 import asyncpg
 
-from goodstanding.changes import LEAD
 from goodstanding.embedded import Valkey
+from goodstanding.tallies import LEAD
 from goodstanding.tasks import background
 
 from .cable import Cable

@@ -13,6 +13,7 @@ import asyncpg
 
 from goodstanding import tallies
 from goodstanding.history import QUERIES
+from goodstanding.owner import silent
 from goodstanding.policy import LEGACY, STANDARD, Blame, CompletedRule, ReputationPolicy
 
 from .conftest import Database, connect
@@ -119,7 +120,7 @@ async def compare(connection: "Connection", policy: ReputationPolicy) -> None:
 
 @dataclass(slots=True)
 class Storm:
-    """Writers, a relay that folds and recounts, and readers that compare, all at once on one small set of rows.
+    """Writers, a relay that folds and recounts, a count of everybody, and readers that compare, at once on few rows.
 
     The seed decides what each of them does; which of them is first is up to the server.
     """
@@ -153,6 +154,7 @@ class Storm:
                 for number in range(self.writers):
                     tasks.create_task(self._write(number, end))
                 tasks.create_task(self._relay(end))
+                tasks.create_task(self._count(end))
                 tasks.create_task(self._read(end))
         except* DifferenceError as group:
             raise group.exceptions[0] from None
@@ -251,6 +253,23 @@ class Storm:
                 elif chance < 0.02:
                     await admin.execute(tallies.QUERIES["rebuild"], *randomly.choice(POLICIES).meaning)
                     self.done["rebuild"] += 1
+
+    async def _count(self, end: float) -> None:
+        """Count everybody beside the relay, as `migrate` and `rebuild` do, sometimes dying on the way."""
+        randomly = random.Random(f"{self.seed} counter")  # noqa: S311 - a seeded storm
+        loop = asyncio.get_running_loop()
+        while loop.time() < end:
+            with suppress(*ENDED):
+                async with connect(self.database.owner_url) as owner:
+                    pid = owner.get_server_pid()
+                    self._pids.add(pid)
+                    try:
+                        while loop.time() < end:
+                            await tallies.count_everybody(owner, silent)
+                            await self._step()
+                            await self._pause(randomly, 20)
+                    finally:
+                        self._pids.discard(pid)
 
     async def _read(self, end: float) -> None:
         randomly = random.Random(f"{self.seed} reader")  # noqa: S311 - a seeded storm

@@ -3,8 +3,8 @@
 import pytest
 import redis
 
-from goodstanding import doctor
-from goodstanding.changes import LEAD, SessionLedger
+from goodstanding import doctor, tallies
+from goodstanding.changes import SessionLedger
 from goodstanding.doctor import Finding, Status, examine
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.migrate import upgrade
@@ -61,8 +61,8 @@ async def test_a_relay_should_lead(database: Database) -> None:
     """Somebody must carry changes, over a connection that keeps its session; another lock, or database, is not it."""
     checked = settings(database_url=database.service_url)
     async with connect(database.service_url) as other, connect(database.superuser_url.rpartition("/")[0]) as elsewhere:
-        await other.execute("select pg_advisory_lock($1::bigint)", LEAD + 1)
-        await elsewhere.execute("select pg_advisory_lock($1::bigint)", LEAD)
+        await other.execute("select pg_advisory_lock($1::bigint)", tallies.LEAD + 1)
+        await elsewhere.execute("select pg_advisory_lock($1::bigint)", tallies.LEAD)
         [(status, message)] = await about("relay", checked)
     assert "warning" == status
     assert message.startswith("none leads")

@@ -25,6 +25,7 @@ from generate_series(1, 5000) as n;
 insert into public.wingman_sessions (match_id, status)
 select md5('match' || n)::uuid, (array['completed', 'no_show', 'cancelled', 'scheduled'])[1 + n % 4]
 from generate_series(1, 5000) as n;
+alter table reputation.attributions set (autovacuum_enabled = false); -- so that a look at an index is one at the table
 insert into reputation.attributions (session_id, at_fault, reason, said_by)
 select id, 'nobody', 'seen', 'support' from public.wingman_sessions;
 """
@@ -131,6 +132,7 @@ TOUCHED = """
 select relname::text, coalesce(seq_scan, 0), coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0)
 from pg_stat_xact_user_tables
 """
+HAS_TWENTY_EACH = {"wingman_matches", "wingman_sessions", "attributions", "changes"}
 BACKLOG = """
 insert into reputation.changes (match_id, session_id, old_status, new_status)
 select md5('match' || 1 + n % 400)::uuid, md5(n::text)::uuid, 'scheduled', 'completed'
@@ -189,6 +191,27 @@ async def test_a_fold_reads_what_it_folds(database: Database) -> None:
         looked = await touched(owner, tallies.QUERIES["fold"], 10)
     for table, (scanned, rows) in looked.items():
         assert (0, True) == (scanned, rows <= 30), table
+
+
+@pytest.mark.parametrize("statistics", ["fresh", "absent", "stale"])
+@pytest.mark.parametrize("before", [0, 450])
+async def test_a_recount_reads_what_it_counts(database: Database, before: int, statistics: str) -> None:
+    """Ten users in turn, and one who was marked, cost what their own sessions cost, however many came before."""
+    async with database.owner() as owner:
+        if statistics == "stale":
+            await owner.execute("analyze")  # while everything is empty
+        await owner.execute(CROWD)
+        await settled(owner)
+        if statistics == "fresh":
+            await owner.execute("analyze")
+        await owner.execute(BACKLOG)
+        marked = await owner.fetchval("select max(id::text)::uuid from public.user_profiles")
+        await owner.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        await owner.fetch(tallies.QUERIES["recount"], max(1, before))
+        await owner.execute("insert into reputation.recounts (user_id) values ($1)", marked)
+        looked = await touched(owner, tallies.QUERIES["recount"], 10)
+    for table, (scanned, rows) in looked.items():
+        assert (0, True) == (scanned, rows <= (450 if table in HAS_TWENTY_EACH else 40)), table
 
 
 async def test_a_trigger_looks_up_nothing(database: Database) -> None:

@@ -73,13 +73,18 @@ PLANTED = {
     ),
     "a recount of one user includes the other's differences": (
         "reputation.recount(integer)",
-        "included2 = change.included2 or theirs.as_user2",
+        "included2 = change.included2 or waiting.as_user2",
         "included2 = true",
     ),
     "a recount leaves the differences that it includes": (
         "reputation.recount(integer)",
-        "where change.ctid = theirs.change",
-        "where change.ctid = theirs.change and false",
+        "where change.ctid = waiting.change",
+        "where change.ctid = waiting.change and false",
+    ),
+    "a recount misses where the last one in turn is the second user": (
+        "reputation.recount(integer)",
+        "as_user2.user2_id <= due.last",
+        "as_user2.user2_id < due.last",
     ),
 }
 

@@ -13,9 +13,11 @@ from goodstanding.data import UserId
 from goodstanding.errors import ConfigurationError
 from goodstanding.history import QUERIES
 from goodstanding.migrate import upgrade
+from goodstanding.owner import silent
 from goodstanding.policy import LEGACY, STANDARD, ReputationPolicy
 
 from .conftest import Database, connect
+from .parts import eventually
 from .storm import compare
 from .test_changes_sql import settled
 
@@ -367,6 +369,91 @@ async def test_an_interrupted_rebuild_is_continued(database: Database) -> None:
         )
         await settled(owner)
         assert tallies.Verification(7, 0, ()) == await tallies.verify(database.owner_url)
+
+
+async def test_whoever_has_the_first_or_the_last_id_is_counted(database: Database) -> None:
+    """Turns of one user each, from the lowest id that there can be to the highest."""
+    users = [str(UUID(int=0)), str(UUID(int=2**127)), str(UUID(int=2**128 - 1))]
+    async with database.owner() as owner:
+        await owner.executemany("insert into public.user_profiles (id) values ($1)", [(user,) for user in users])
+        for pair in (users[:2], users[1:]):
+            await database.add_session(await database.add_match(*pair), "completed", a=True)
+        await settled(owner)
+        await owner.execute("truncate reputation.tallies")
+        await owner.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        expected = [tallies.Recounted(1, counting=more) for more in (True, True, False)]
+        assert expected == [await tallies.recount(owner, 1) for _ in users]
+        assert [(1, 0), (2, 0), (1, 0)] == [await tally(owner, user) for user in users]
+
+
+@pytest.mark.parametrize(
+    ("batch", "seconds", "expected"),
+    [
+        (500, 0.0, 1000),
+        (500, 0.3, 500),
+        (500, 0.2, 750),
+        (8000, 0.6, 4000),
+        (8000, 60.0, 2000),
+        (100, 60.0, 100),
+        (50_000, 0.1, 50_000),
+    ],
+)
+def test_a_batch_is_as_large_as_a_third_of_a_second_allows(batch: int, seconds: float, expected: int) -> None:
+    """It follows what the one before took, by steps, between 100 and 50,000 users."""
+    assert expected == tallies.next_batch(batch, seconds)
+
+
+@pytest.mark.parametrize("led", [True, False])
+async def test_a_count_of_everybody_makes_no_relay_wait(
+    database: Database, monkeypatch: pytest.MonkeyPatch, *, led: bool
+) -> None:
+    """While one leads, turns begin small; while none does, everybody is counted at once."""
+    batches: list[int] = []
+    recount = tallies.recount
+
+    async def noted(connection: "Connection", batch: int) -> tallies.Recounted:
+        batches.append(batch)
+        return await recount(connection, batch)
+
+    monkeypatch.setattr(tallies, "recount", noted)
+    told: list[str] = []
+    async with database.owner() as owner, connect(database.service_url) as relay:
+        await owner.execute("insert into public.user_profiles (created_at) select now() from generate_series(1, 600)")
+        await owner.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        await relay.execute("select pg_advisory_lock($1::bigint)", tallies.LEAD + (not led))
+        await tallies.count_everybody(owner, told.append)
+        assert 600 == await owner.fetchval("select count(*) from reputation.tallies")
+    assert ("counting 600 users", "counted 600 users") == (told[0], told[-1])
+    assert (2 if led else 1) == len(batches)
+    assert led == (batches[0] < 600)
+
+
+async def test_a_limit_on_statements_does_not_end_a_count_of_everybody(database: Database) -> None:
+    """A login's own statement_timeout is for the host's queries; a count takes as long as it takes."""
+    user = await database.add_user()
+    async with (
+        database.owner() as owner,
+        connect(database.superuser_url) as admin,
+        connect(database.owner_url) as counter,
+        asyncio.TaskGroup() as tasks,
+    ):
+        await owner.execute(tallies.QUERIES["rebuild"], *STANDARD.meaning)
+        await counter.execute("set statement_timeout = '50ms'")
+        async with owner.transaction():
+            await owner.execute("select from reputation.upkeep for update")
+            tasks.create_task(tallies.count_everybody(counter, silent))
+            await eventually(lambda: _waits_longer_than_that(admin, counter.get_server_pid()))
+    async with database.owner() as owner:
+        assert (0, 0) == await tally(owner, user)
+
+
+async def _waits_longer_than_that(admin: "asyncpg.Connection[asyncpg.Record]", pid: int) -> bool:
+    waits: bool | None = await admin.fetchval(
+        "select clock_timestamp() - query_start > '100ms' from pg_stat_activity"
+        " where pid = $1 and wait_event_type = 'Lock'",
+        pid,
+    )
+    return bool(waits)
 
 
 async def test_fold_and_recount_refuse_an_old_snapshot(database: Database) -> None:

@@ -20,7 +20,7 @@ from goodstanding.cache import RedisCache
 from goodstanding.data import Clock, UserId
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
 from goodstanding.metrics import CHANGE_SECONDS, CHANGES_FOLDED, RELAY_FAILURES, RELAY_LEADING, USERS_RECOUNTED
-from goodstanding.tallies import Folded, Recounted
+from goodstanding.tallies import LEAD, Folded, Recounted
 from goodstanding.tasks import background, check_cancelled
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS: Final = 0.25
 _LATE_SECONDS: Final = 0.4
-LEAD: Final = 7_239_817_264_501_103
-"""The advisory lock whose holder leads."""
 
 _log = structlog.get_logger("goodstanding")
 _OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)

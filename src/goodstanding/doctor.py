@@ -11,9 +11,9 @@ import asyncpg
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError, ResponseError
 
+from goodstanding import tallies
 from goodstanding.auth import KeySet
 from goodstanding.cache import connect
-from goodstanding.changes import LEAD
 from goodstanding.errors import ConfigurationError
 from goodstanding.history import named_queries
 from goodstanding.migrate import COVERING_INDEXES, MIGRATIONS
@@ -177,7 +177,7 @@ async def _relay(settings: Settings) -> list[Finding]:
     try:
         async with asyncio.timeout(_SECONDS):
             connection = await asyncpg.connect(url, statement_cache_size=0)
-            if await connection.fetchval(_QUERIES["led"], LEAD):
+            if await connection.fetchval(tallies.QUERIES["led"], tallies.LEAD):
                 return [_ok("relay", "one leads")]
             return [_warning("relay", "none leads: does any process serve, with GOODSTANDING_RELAY and its Redis?")]
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:

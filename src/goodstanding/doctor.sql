@@ -139,14 +139,3 @@ where (policy.oid is not null or not relation.relrowsecurity)
         )
     end
 order by written.table_name desc, written.command desc, people.name, policy.polname
-
--- name: led
--- Whether anybody in this database holds an advisory lock.
-select exists (
-    select from pg_catalog.pg_locks as held
-    where held.locktype = 'advisory'
-        and held.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
-        and (held.classid::bigint << 32) + held.objid::bigint = $1::bigint
-        and held.objsubid = 1
-        and held.granted
-) as led

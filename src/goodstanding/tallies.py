@@ -3,6 +3,7 @@
 Every read is exact whatever is called here, and whatever is not: see migrations/0002_changes.sql.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,16 @@ from goodstanding.policy import ReputationPolicy
 if TYPE_CHECKING:
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
+LEAD: Final = 7_239_817_264_501_103
+"""The advisory lock whose holder leads: the relay that folds."""
 MOST_NAMED: Final = 20
-_BATCH: Final = 500
+_COMPARED: Final = 500
+_AT_ONCE: Final = 2_000_000
+_FIRST_BATCH: Final = 500
+_LEAST_BATCH: Final = 100
+_MOST_BATCH: Final = 50_000
+_BATCH_SECONDS: Final = 0.3
+_PAUSE_SECONDS: Final = 0.005
 _PROGRESS_SECONDS: Final = 1.0
 QUERIES: Final = named_queries((files("goodstanding") / "tallies.sql").read_text(encoding="utf-8"))
 
@@ -87,23 +96,42 @@ async def status(connection: "_Connection", policy: ReputationPolicy) -> TallySt
 
 
 async def count_everybody(connection: "_Connection", say: Report) -> None:
-    """Count until everybody is counted, in small transactions: beside every load, and after an interruption the rest.
+    """Count until everybody is counted: beside every load, and after an interruption the rest.
 
-    Several may do so at the same time, a relay among them.
+    Several may do so at the same time, a relay among them. While a relay leads, its folds wait for the transaction
+    that is going on: so each has as many users as take about 0.3 s, and leaves the lock for a moment to who waits.
+    While none does nobody waits, and of two million at once each costs half as much.
     """
     total = await connection.fetchval(QUERIES["how_many"])
+    if total > _FIRST_BATCH:
+        say(f"counting {total} users")
     counted = 0
+    batch = _FIRST_BATCH
     told = time.monotonic()
     while True:
-        done = await recount(connection, _BATCH)
+        led = await connection.fetchval(QUERIES["led"], LEAD)
+        began = time.monotonic()
+        async with connection.transaction(isolation="read_committed"):
+            await connection.execute(QUERIES["unlimited"])
+            done = await recount(connection, batch if led else _AT_ONCE)
         counted += done.users
         if not done.counting:
             break
-        if time.monotonic() - told >= _PROGRESS_SECONDS:
-            told = time.monotonic()
+        ended = time.monotonic()
+        if ended - told >= _PROGRESS_SECONDS:
+            told = ended
             say(f"counted {counted} of {total} users")
+        if led:
+            batch = next_batch(batch, ended - began)
+        await asyncio.sleep(_PAUSE_SECONDS)
     if counted:
         say(f"counted {counted} users")
+
+
+def next_batch(batch: int, seconds: float) -> int:
+    """Give the batch that takes about 0.3 s where this one took so long: from a fourth of it to twice as many."""
+    factor = min(max(_BATCH_SECONDS / max(seconds, 0.001), 0.25), 2.0)
+    return min(max(round(batch * factor), _LEAST_BATCH), _MOST_BATCH)
 
 
 async def rebuild(database_url: str, policy: ReputationPolicy, *, report: Report | None = None) -> None:
@@ -151,7 +179,7 @@ async def verify(database_url: str, *, report: Report | None = None) -> Verifica
         told = time.monotonic()
         while users == 0 or rows:
             last = rows[-1]["user_id"] if rows else None
-            rows = await connection.fetch(QUERIES["compare"], last, _BATCH, *meaning)
+            rows = await connection.fetch(QUERIES["compare"], last, _COMPARED, *meaning)
             if not rows:
                 break
             users += len(rows)

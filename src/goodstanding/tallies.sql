@@ -12,6 +12,21 @@ select folded, everybody, user_ids, oldest from reputation.fold($1::integer)
 -- Count again whoever is due.
 select recounted, counting from reputation.recount($1::integer)
 
+-- name: led
+-- Whether anybody in this database holds an advisory lock: that by which a relay leads.
+select exists (
+    select from pg_catalog.pg_locks as held
+    where held.locktype = 'advisory'
+        and held.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+        and (held.classid::bigint << 32) + held.objid::bigint = $1::bigint
+        and held.objsubid = 1
+        and held.granted
+) as led
+
+-- name: unlimited
+-- Let the statements of this transaction take as long as they need.
+set local statement_timeout = 0
+
 -- name: rebuild
 -- Let the tallies mean a policy, and have everybody counted again.
 select reputation.rebuild($1::text, $2::text, $3::text)

@@ -11,7 +11,6 @@ from typing import Final
 import asyncpg
 
 from goodstanding import tallies
-from goodstanding.changes import LEAD
 from goodstanding.migrate import upgrade
 from goodstanding.policy import STANDARD
 from tests.conftest import connect
@@ -184,8 +183,8 @@ async def nobody_leads(scene: Scene) -> AsyncIterator[None]:
     async with connect(scene.database.superuser_url) as superuser:
 
         async def is_taken() -> bool:
-            await superuser.execute(END_THE_LEAD, LEAD)
-            return bool(await superuser.fetchval("select pg_try_advisory_lock($1)", LEAD))
+            await superuser.execute(END_THE_LEAD, tallies.LEAD)
+            return bool(await superuser.fetchval("select pg_try_advisory_lock($1)", tallies.LEAD))
 
         await eventually(is_taken)
         yield

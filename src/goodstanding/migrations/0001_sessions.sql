@@ -161,6 +161,43 @@ create trigger append_only before update or delete or truncate on reputation.att
     for each statement execute function reputation.refuse_change();
 alter table reputation.attributions enable always trigger append_only;
 
+-- What every session means for one of the two users of its match. It has no settings and no definer of its own, so that
+-- it becomes a part of the query that asks.
+create function reputation.outcomes(
+    side integer,
+    completed_rule text,
+    unattributed_no_show text,
+    unattributed_cancelled text
+) returns table (match_id uuid, outcome smallint)
+language sql
+stable
+as $$
+    select
+        session.match_id,
+        reputation.outcome(
+            session.status::text,
+            case outcomes.side
+                when 1 then session.user1_completed_confirmed_by_user2
+                else session.user2_completed_confirmed_by_user1
+            end,
+            case outcomes.side
+                when 1 then session.user2_completed_confirmed_by_user1
+                else session.user1_completed_confirmed_by_user2
+            end,
+            outcomes.side,
+            verdict.at_fault,
+            outcomes.completed_rule, outcomes.unattributed_no_show, outcomes.unattributed_cancelled
+        )
+    from public.wingman_sessions as session
+    left join lateral (
+        select newest.at_fault
+        from reputation.attributions as newest
+        where newest.session_id = session.id and session.status::text in ('no_show', 'cancelled')
+        order by newest.id desc
+        limit 1
+    ) as verdict on true
+$$;
+
 -- The functions below run with their owner's rights, so they trust nothing of their caller's session: search_path is
 -- fixed and every name is qualified. row_security = off makes a policy that would hide rows an error, never a wrong
 -- count. Their bodies are strings, so that the host app may go on altering its columns' types.
@@ -194,41 +231,20 @@ begin
             pg_catalog.count(*) filter (where counted.outcome = 1) as completed,
             pg_catalog.count(*) filter (where counted.outcome = -1) as no_shows
         from (
-            select reputation.outcome(
-                ended.status, ended.own, ended.other, ended.side, ended.at_fault,
-                counts.completed_rule, counts.unattributed_no_show, counts.unattributed_cancelled
-            ) as outcome
+            select ended.outcome
             from (
-                select
-                    session.status::text as status,
-                    match.side,
-                    case match.side
-                        when 1 then session.user1_completed_confirmed_by_user2
-                        else session.user2_completed_confirmed_by_user1
-                    end as own,
-                    case match.side
-                        when 1 then session.user2_completed_confirmed_by_user1
-                        else session.user1_completed_confirmed_by_user2
-                    end as other,
-                    case when session.status::text in ('no_show', 'cancelled') then (
-                        select verdict.at_fault
-                        from reputation.attributions as verdict
-                        where verdict.session_id = session.id
-                        order by verdict.id desc
-                        limit 1
-                    ) end as at_fault
-                from (
-                    select as_user1.id, 1 as side
-                    from public.wingman_matches as as_user1
-                    where as_user1.user1_id = known.id
-                    union all
-                    select as_user2.id, 2 as side
-                    from public.wingman_matches as as_user2
-                    where as_user2.user2_id = known.id
-                ) as match
-                join public.wingman_sessions as session on session.match_id = match.id
-                offset 0 -- a fence: the verdict is looked up once per session, not once per use
-            ) as ended
+                select as_user1.id, 1 as side
+                from public.wingman_matches as as_user1
+                where as_user1.user1_id = known.id
+                union all
+                select as_user2.id, 2 as side
+                from public.wingman_matches as as_user2
+                where as_user2.user2_id = known.id
+            ) as match
+            join lateral reputation.outcomes(
+                match.side, counts.completed_rule, counts.unattributed_no_show, counts.unattributed_cancelled
+            ) as ended on ended.match_id = match.id
+            offset 0 -- a fence: worked out once, not once per use
         ) as counted
     ) as tally
     where known.id = any (counts.user_ids);

@@ -609,6 +609,54 @@ begin
 end
 $$;
 
+-- The exact counts of every known user from one id to another. Planned anew for each range, in the settings that
+-- whoever calls it has: by index for few users, by reading everything once for many.
+create function reputation.counts_between(
+    first uuid,
+    last uuid,
+    completed_rule text,
+    unattributed_no_show text,
+    unattributed_cancelled text
+) returns table (user_id uuid, completed bigint, no_shows bigint)
+language plpgsql
+stable
+set plan_cache_mode = force_custom_plan
+as $$
+begin
+    return query
+    select
+        counted.user_id,
+        pg_catalog.count(*) filter (where counted.outcome = 1),
+        pg_catalog.count(*) filter (where counted.outcome = -1)
+    from (
+        select known.id as user_id, true as known, null::smallint as outcome
+        from public.user_profiles as known
+        where known.id between counts_between.first and counts_between.last
+        union all
+        select ended.user_id, false, ended.outcome
+        from (
+            select match.user_id, session.outcome
+            from (
+                select as_user1.id, 1 as side, as_user1.user1_id as user_id
+                from public.wingman_matches as as_user1
+                where as_user1.user1_id between counts_between.first and counts_between.last
+                union all
+                select as_user2.id, 2 as side, as_user2.user2_id as user_id
+                from public.wingman_matches as as_user2
+                where as_user2.user2_id between counts_between.first and counts_between.last
+            ) as match
+            join lateral reputation.outcomes(
+                match.side, counts_between.completed_rule,
+                counts_between.unattributed_no_show, counts_between.unattributed_cancelled
+            ) as session on session.match_id = match.id
+            offset 0 -- a fence: worked out once, not once per use
+        ) as ended
+    ) as counted
+    group by counted.user_id
+    having pg_catalog.bool_or(counted.known);
+end
+$$;
+
 -- Count at most `batch` users again: those whose marks were folded, then the next in turn while everybody is counted.
 -- recounted: how many; none: nobody is left; counting: more of everybody is left.
 -- Nobody's counts change by it, so nothing is to be invalidated: that is for the fold of the changes, which stay.
@@ -628,8 +676,10 @@ as $$
 declare
     rules reputation.policy;
     state reputation.upkeep;
+    first_in_turn uuid;
+    last_in_turn uuid;
     chosen uuid[];
-    next_in_turn uuid[] := '{}';
+    many constant integer := 100000; -- users: to read every session once is cheaper than to look for each of theirs
 begin
     if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
         raise exception using errcode = 'GS001', message = 'reputation.recount needs READ COMMITTED: it looks again after it waited';
@@ -644,74 +694,121 @@ begin
     perform pg_catalog.set_config('idle_in_transaction_session_timeout', '1000', true);
     select policy.* into strict rules from reputation.policy where policy.the_only;
 
-    chosen := array(select ready.user_id from reputation.recounts as ready limit greatest(1, recount.batch));
     if state.counting then
-        next_in_turn := array(
+        -- The first comparison is what the index is asked for: one that might be null would have it read from its start.
+        first_in_turn := (
             select known.id from public.user_profiles as known
-            where state.counted_to is null or known.id > state.counted_to
+            where known.id >= coalesce(state.counted_to, '00000000-0000-0000-0000-000000000000')
+                and known.id is distinct from state.counted_to
             order by known.id
-            limit greatest(1, recount.batch)
+            limit 1
         );
-        state.counting := pg_catalog.cardinality(next_in_turn) = greatest(1, recount.batch);
-        state.counted_to := coalesce(next_in_turn[pg_catalog.cardinality(next_in_turn)], state.counted_to);
+        last_in_turn := (
+            select turn.id
+            from (
+                select known.id from public.user_profiles as known
+                where known.id >= first_in_turn
+                order by known.id
+                limit greatest(1, recount.batch)
+            ) as turn
+            order by turn.id desc
+            limit 1
+        );
+        state.counting := exists (select from public.user_profiles as known where known.id > last_in_turn);
+        state.counted_to := coalesce(last_in_turn, state.counted_to);
+    end if;
+    chosen := array(
+        select ready.user_id from reputation.recounts as ready
+        where (ready.user_id between first_in_turn and last_in_turn) is not true
+        limit greatest(1, recount.batch)
+    );
+
+    if recount.batch >= many then
+        perform
+            pg_catalog.set_config('enable_seqscan', 'on', true),
+            pg_catalog.set_config('enable_hashjoin', 'on', true),
+            pg_catalog.set_config('work_mem', '64MB', true);
     end if;
 
-    -- One statement, so one snapshot: what it counts, and the changes that this count includes, which mean nothing to
-    -- these users from then on. Marks stay: there may be some that it does not see.
-    with due as (
-        select distinct due.user_id from pg_catalog.unnest(chosen || next_in_turn) as due (user_id)
+    -- One statement, so one snapshot, also of the functions that it calls: what it counts, and the changes that this
+    -- count includes, which mean nothing to these users from then on. Marks stay: there may be some that it does not see.
+    with due as materialized (
+        -- Ranges of ids that have no user in common: the turn, and one for each of the chosen.
+        select turn.first, turn.last
+        from rows from (
+            pg_catalog.unnest(chosen || first_in_turn), pg_catalog.unnest(chosen || last_in_turn)
+        ) as turn (first, last)
+        where turn.first is not null
     ),
-    counted as (
+    counted as materialized (
         select fresh.user_id, fresh.completed, fresh.no_shows
         from reputation.counts(
-            chosen || next_in_turn,
+            chosen, rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled
+        ) as fresh
+        union all
+        select fresh.user_id, fresh.completed, fresh.no_shows
+        from reputation.counts_between(
+            first_in_turn, last_in_turn,
             rules.completed_rule, rules.unattributed_no_show, rules.unattributed_cancelled
         ) as fresh
+        where first_in_turn is not null
     ),
     included as (
         update reputation.changes as change
         set
-            included1 = change.included1 or theirs.as_user1,
-            included2 = change.included2 or theirs.as_user2
+            included1 = change.included1 or waiting.as_user1,
+            included2 = change.included2 or waiting.as_user2
         from (
             select
-                one.change,
-                pg_catalog.bool_or(one.number = 1) as as_user1,
-                pg_catalog.bool_or(one.number = 2) as as_user2
+                waits.change,
+                pg_catalog.bool_or(theirs.side = 1) as as_user1,
+                pg_catalog.bool_or(theirs.side = 2) as as_user2
             from (
-                select waits.ctid as change, 1 as number
+                select as_user1.id, 1 as side
                 from due
-                join public.wingman_matches as match on match.user1_id = due.user_id
-                join reputation.changes as waits on waits.match_id = match.id
+                join public.wingman_matches as as_user1
+                    on as_user1.user1_id >= due.first and as_user1.user1_id <= due.last
                 union all
-                select waits.ctid, 2
+                select as_user2.id, 2 as side
                 from due
-                join public.wingman_matches as match on match.user2_id = due.user_id
-                join reputation.changes as waits on waits.match_id = match.id
-            ) as one
+                join public.wingman_matches as as_user2
+                    on as_user2.user2_id >= due.first and as_user2.user2_id <= due.last
+            ) as theirs
+            cross join lateral (
+                select pending.ctid as change
+                from reputation.changes as pending
+                where pending.match_id = theirs.id
+                offset 0 -- a fence: looked up for each match, however many wait
+            ) as waits
             where exists (select from reputation.changes)
-            group by one.change
-        ) as theirs
-        where change.ctid = theirs.change
+            group by waits.change
+        ) as waiting
+        where change.ctid = waiting.change
     ),
     written as (
         insert into reputation.tallies as tally (user_id, completed, no_shows, policy_version)
-        select counted.user_id, counted.completed, counted.no_shows, rules.version from counted
+        select counted.user_id, counted.completed, counted.no_shows, rules.version
+        from counted
+        order by counted.user_id
         on conflict on constraint tallies_pkey do update set
             completed = excluded.completed, no_shows = excluded.no_shows, policy_version = excluded.policy_version
     ),
     gone as (
         delete from reputation.tallies as tally
         using due
-        where tally.user_id = due.user_id
-            and not exists (select from counted where counted.user_id = due.user_id)
+        where tally.user_id >= due.first and tally.user_id <= due.last
+            and (select known.id from public.user_profiles as known where known.id = tally.user_id) is null -- no join
     ),
     finished as (
         delete from reputation.recounts as ready
         using due
-        where ready.user_id = due.user_id
+        where ready.user_id >= due.first and ready.user_id <= due.last
     )
-    select pg_catalog.count(*) into recounted from due;
+    select
+        pg_catalog.cardinality(chosen)
+        + pg_catalog.count(*) filter (where counted.user_id between first_in_turn and last_in_turn)
+    into recounted
+    from counted;
 
     update reputation.upkeep set
         counting = state.counting,
