@@ -6,14 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from tests.faults import ours, postgres, redis
-from tests.faults.matrix import ANSWERABLE, Fault
+from tests.faults.matrix import ANSWERABLE, ORDINARY, RECOVERY, Fault, nothing
 from tests.faults.scene import Scene
-
-
-@asynccontextmanager
-async def nothing(_scene: Scene) -> AsyncIterator[None]:
-    """Break nothing: an ordinary day."""
-    yield
 
 
 @asynccontextmanager
@@ -70,11 +64,16 @@ _BOTH: Final = replace(
 )
 
 _FROZEN: Final = Fault(
-    "ours", nothing, statuses=frozenset({503}), sources=frozenset({"stale", "bypass"}), alone=0, silent=True
+    "ours",
+    nothing,
+    statuses=frozenset({503}),
+    sources=frozenset({"stale", "bypass"}),
+    waits=4.0 + RECOVERY,
+    alone=0,
 )
 
 FAULTS: Final[Sequence[Fault]] = (
-    Fault("nothing", nothing),
+    ORDINARY,
     replace(_REDIS, name="Redis: kill -9", strike=redis.killed),
     replace(_REDIS, name="Redis: an old snapshot", strike=redis.rewound, seconds=1.0),
     replace(_REDIS, name="Redis: SIGSTOP", strike=redis.frozen),
@@ -115,7 +114,7 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),
     Fault("ours: SIGTERM", ours.terminated, seconds=1.0),
     Fault("ours: kill -9", ours.killed, seconds=1.0, alone=0, silent=True),
-    replace(_FROZEN, name="ours: SIGSTOP for 10 s", strike=ours.frozen, seconds=10.0),
+    replace(_FROZEN, name="ours: SIGSTOP for 10 s", strike=ours.frozen, seconds=10.0, waits=10.0 + RECOVERY),
     Fault("ours: clients vanish", ours.clients_vanish),
     replace(_FROZEN, name="ours: descriptors used up", strike=ours.descriptors_used_up),
     Fault("ours: the clock a day ahead", ours.clock_ahead, stage="clock"),
