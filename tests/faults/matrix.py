@@ -131,7 +131,7 @@ async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
 
 async def _run(fault: Fault, scene: Scene) -> Row:
     load, row = scene.load, Row(fault)
-    await scene.ready()
+    await scene.calm()
     load.lag = 0.0
     load.stale_allowed = frozenset(
         process for process in range(len(scene.served)) if "stale" in fault.allows(process).sources

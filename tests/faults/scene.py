@@ -30,6 +30,7 @@ from tests.serving import SECRET
 from tests.topologies import cluster_url, running_cluster, watched_pair
 
 PROCESSES: Final = 2
+_UP: Final = "goodstanding_dependency_up"
 _SAMPLE: Final = re.compile(r"^(goodstanding_\w+(?:\{[^}]*\})?) ([0-9.e+-]+|\+Inf)$", re.MULTILINE)
 
 
@@ -88,6 +89,21 @@ class Scene:
             return False
 
         return await eventually(look, within=within)
+
+    async def calm(self) -> None:
+        """Wait until every process is ready and has said so, in log and metrics."""
+
+        async def is_said() -> bool:
+            await asyncio.sleep(0.02)
+            return all(
+                value == 1.0
+                for one in await self.metrics()
+                for name, value in (one or {_UP: 0.0}).items()
+                if name.startswith(_UP)
+            )
+
+        await self.ready()
+        await eventually(is_said)
 
     async def metrics(self) -> Sequence[dict[str, float]]:
         """Read the metrics of each process; none of one that does not answer."""
@@ -167,7 +183,7 @@ async def scene(
         ]
         for one in served:
             if changed or stage == "clock":
-                one.program = (sys.executable, "-P", str(Path(__file__).with_name("served.py")), changed or stage)
+                one.program = changed_program(changed or stage)
             stack.callback(one.end)
         await asyncio.gather(*(one.start() for one in served))
         standby = None
@@ -181,6 +197,11 @@ async def scene(
         async with load.running(lambda: made.database.owner_url):
             await made.ready()
             yield made
+
+
+def changed_program(name: str) -> Sequence[str]:
+    """Give the program that serves with a change of served.py."""
+    return (sys.executable, "-P", str(Path(__file__).with_name("served.py")), name)
 
 
 @asynccontextmanager
