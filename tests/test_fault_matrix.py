@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 import pytest_asyncio
 
-from tests.faults import cancellation
+from tests.faults import cancellation, soak
 from tests.faults.matrix import ORDINARY, run
 from tests.faults.oracle import Oracle, Person
 from tests.faults.rows import FAULTS
@@ -86,6 +86,21 @@ def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:
     """A row of the matrix can be chosen by its name, and run."""
     assert len(_BY_NAME) == len(FAULTS)
     assert {fault.stage for fault in FAULTS} <= STAGES.keys()
+
+
+def test_a_soak_sees_what_grows() -> None:
+    """Memory and descriptors that grow a little each minute are found in an hour; what only goes up and down is not."""
+
+    def found(leak_mb: float, leak: float) -> list[str]:
+        minutes = range(60)
+        samples: list[soak.Sample] = [
+            [(80 + minute % 3 + minute * leak_mb, int(30 + minute % 4 + minute * leak))] for minute in minutes
+        ]
+        return soak.Outcome(samples=samples).findings()
+
+    assert [] == found(0.0, 0.0)
+    assert ["process 0 grew from 84.3 to 88.8 MB"] == found(0.15, 0.0)
+    assert ["process 0 had 32 file descriptors, and has 42"] == found(0.0, 0.2)
 
 
 def _told(completed: int, no_shows: int, **changed: object) -> dict[str, object]:

@@ -150,6 +150,10 @@ class Load:
         ]
         return [*(one for one in self.seen if began <= one.asked < ended), *hanging]
 
+    def connections(self, process: int) -> int:
+        """Tell how many connections to a process are kept."""
+        return self._open[process]
+
     async def close_idle(self) -> None:
         """Close the connections over which nothing is asked now."""
         for process, idle in enumerate(self._idle):
@@ -216,6 +220,10 @@ class Load:
         kind = self.rng.choices(list(_KINDS), list(_KINDS.values()))[0]
         people = self._people(kind)
         return kind, people, self._bytes(kind, people)
+
+    def past_the_cache(self, person: Person) -> bytes:
+        """Give the bytes of a request that PostgreSQL must answer."""
+        return self._bytes("past the cache", [person])
 
     async def one(self) -> None:
         """Ask once, and judge the answer."""

@@ -17,12 +17,12 @@ RECOVERY: Final = 2.0
 _CALM: Final = 1.0
 """After the recovery, in seconds: everything is as on any ordinary day."""
 _READY: Final = 15.0
-_HANGS: Final = 5.0
+HANGS: Final = 5.0
 """A request without an answer so many seconds after the row's end will not get one."""
 _STEADY: Final = 0.9
 """Of the requests that were due, so many at least must have been sent, or nothing was under load."""
 _EXCUSED: Final = 0.01
-"""Of all answers so many at most may be outages that nothing explains but a busy machine that missed a deadline."""
+"""Of all answers so many at most may be refused or stale for no reason but a busy machine that missed a deadline."""
 _LAG: Final = 0.1
 """A measurement by a loop that was so late, in seconds, is repeated."""
 _ATTEMPTS: Final = 3
@@ -153,7 +153,7 @@ async def _run(fault: Fault, scene: Scene) -> Row:
     load.stale_allowed = frozenset()
     await asyncio.sleep(_CALM)
     ended = load.now
-    seen = await load.account(began, ended, within=_HANGS)
+    seen = await load.account(began, ended, within=HANGS)
     row.lag = load.lag
     row.pressed = (_pressure() - pressure) / (load.now - began)
     if len(seen) < _STEADY * load.rate * (ended - began):
@@ -180,7 +180,8 @@ async def _ready(row: Row, scene: Scene) -> float:
 def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     row.answers = len(seen)
     row.retried = sum(one.retried for one in seen)
-    excused = []
+    excused: list[str] = []
+    outages = 0
 
     def alone(one: Seen) -> bool:
         return one.process == row.fault.alone
@@ -194,6 +195,7 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
         if wrong and (one.status == 503 or one.source in {"stale", "bypass"}):
             # Deadlines too are missed on a busy machine.
             excused.append(f"{what}: {wrong}")
+            outages += one.source != "bypass"
         elif wrong:
             row.wrong.append(f"{what}: {wrong}")
         if one.status and one.seconds > (allowed.waits if one.source != "hit" or alone(one) else ANSWERABLE):
@@ -202,12 +204,12 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     times = [(one.source == "hit", one.seconds) for one in seen if one.status and not alone(one)]
     row.hit, row.other = (max((seconds for hit, seconds in times if hit is of), default=0.0) for of in (True, False))
     row.late += excused
-    _judge_outcomes(row, excused)
+    if outages > _EXCUSED * row.answers:
+        row.wrong.append(f"{outages} of {row.answers} answers are outages that are not allowed")
+    _judge_outcomes(row)
 
 
-def _judge_outcomes(row: Row, excused: Sequence[str]) -> None:
-    if len(excused) > _EXCUSED * row.answers:
-        row.wrong.append(f"{len(excused)} of {row.answers} answers are outages that are not allowed: {excused[0]}")
+def _judge_outcomes(row: Row) -> None:
     if row.outcomes["503"] > max(row.fault.refuses, _EXCUSED) * row.answers:
         row.wrong.append(f"{row.outcomes['503']} of {row.answers} were refused")
     row.wrong += [f"nothing was broken: no {wanted} was seen" for wanted in row.fault.shows - row.outcomes.keys()]
