@@ -61,6 +61,15 @@ async def test_one_connection_serves_everybody_where_no_other_can_be_had(databas
             await superuser.execute("alter role app_login connection limit -1")
 
 
+async def test_what_one_connection_carries_opens_no_other(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is given another connection before he has waited for a while for one that is open."""
+    monkeypatch.setattr("goodstanding.connections._PATIENCE_SECONDS", SECONDS)
+    async with connect(database.superuser_url) as superuser, opened(database.service_url) as connections:
+        await ask(connections)
+        assert [1] * 50 == await asyncio.gather(*(ask(connections) for _ in range(50)))
+        assert await superuser.fetchval(f"select count(*) {_OURS}") == 1
+
+
 async def test_where_none_can_be_had_everybody_is_told_at_once(database: Database) -> None:
     """One refusal is enough for all who wait, and a freed place for the next who asks."""
     async with connect(database.superuser_url) as superuser, opened(database.service_url) as connections:

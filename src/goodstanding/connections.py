@@ -22,6 +22,7 @@ OUTAGES: Final = (
     RuntimeError,
 )
 AT_ONCE: Final = 2
+_PATIENCE_SECONDS: Final = 0.05
 _AGAIN_SECONDS: Final = 0.1
 _UNUSED_SECONDS: Final = 60.0
 
@@ -29,9 +30,10 @@ _UNUSED_SECONDS: Final = 60.0
 class Connections:
     """At most `most` connections of a pool, kept here between their uses; nobody else may use the pool.
 
-    To open a connection costs both sides many times as much as a query. A pool opens one for each who asks while none
-    is free: after an outage all of them, in every process, while everybody waits. Here whoever asks gets whichever is
-    free first, and at most AT_ONCE are being opened. Where no more can be had, those that are open serve everybody.
+    To open a connection costs both sides as much as fifty queries. A pool opens one for each who asks while none is
+    free: after an outage all of them, in every process, while everybody waits. Here whoever asks gets whichever is free
+    first. Another one is opened only for somebody who has waited for a while, and at most AT_ONCE are being opened.
+    Where no more can be had, those that are open serve everybody.
     """
 
     def __init__(self, pool: "Pool", spawn: Spawn, *, most: int, deadline: float) -> None:
@@ -46,7 +48,9 @@ class Connections:
         self._open_again = float("-inf")
         self._unused = 0
         """So many have been idle ever since somebody looked."""
-        self._waiting: deque[asyncio.Future[Lent]] = deque()
+        self._waiting: deque[tuple[float, asyncio.Future[Lent]]] = deque()
+        """Since when, and for what."""
+        self._timer: asyncio.TimerHandle | None = None
 
     async def acquire(self) -> "Lent":
         """Lend a connection, to be given back. Raises one of OUTAGES where there is none and none can be opened."""
@@ -56,8 +60,9 @@ class Connections:
             if not is_closed(connection):
                 return connection
             self.discard(connection)
-        mine: asyncio.Future[Lent] = asyncio.get_running_loop().create_future()
-        self._waiting.append(mine)
+        loop = asyncio.get_running_loop()
+        mine: asyncio.Future[Lent] = loop.create_future()
+        self._waiting.append((loop.time(), mine))
         self._grow()
         try:
             return await mine
@@ -90,7 +95,10 @@ class Connections:
                 self.discard(connection)
 
     async def close(self) -> None:
-        """Leave all that is idle to the pool."""
+        """Leave all that is idle to the pool, and open nothing more."""
+        self._most = 0
+        if self._timer is not None:
+            self._timer.cancel()
         while self._idle:
             await self._release(self._idle.pop())
 
@@ -106,24 +114,30 @@ class Connections:
     def _next(self) -> "asyncio.Future[Lent] | None":
         """Give the first who still waits."""
         while self._waiting:
-            mine = self._waiting.popleft()
+            _, mine = self._waiting.popleft()
             if not mine.done():
                 return mine
         return None
 
     def _grow(self) -> None:
-        """Open one more for those who wait, unless as many are being opened as may."""
+        """Open one more for those who wait, if it is time and as many are not being opened as may."""
         waiting = self._waiting
-        while waiting and waiting[0].done():
+        while waiting and waiting[0][1].done():
             waiting.popleft()
-        if (
-            self._opening < min(AT_ONCE, len(waiting))
-            and self._open + self._opening < self._most
-            # What could not be opened is not tried at once again while others serve.
-            and (not self._open or asyncio.get_running_loop().time() >= self._open_again)
-        ):
-            self._opening += 1
-            self._spawn(self._open_one())
+        if self._opening >= min(AT_ONCE, len(waiting)) or self._open + self._opening >= self._most:
+            return
+        loop = asyncio.get_running_loop()
+        due = max(waiting[0][0] + _PATIENCE_SECONDS, self._open_again)
+        if self._open and loop.time() < due:
+            if self._timer is None:
+                self._timer = loop.call_at(due, self._ring)
+            return
+        self._opening += 1
+        self._spawn(self._open_one())
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._grow()
 
     async def _open_one(self) -> None:
         try:

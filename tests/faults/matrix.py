@@ -145,7 +145,8 @@ async def _run(fault: Fault, scene: Scene) -> Row:
         if fault.heals:
             ready = await _ready(row, scene)
         await asyncio.sleep(max(0.0, mended + fault.seconds - load.now))
-        held = await scene.metrics()
+        if fault.away:
+            held = await scene.metrics()
     if not fault.heals:
         mended = load.now
         ready = await _ready(row, scene)

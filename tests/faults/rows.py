@@ -59,7 +59,7 @@ _HICCUP: Final = Fault(
     nothing,
     statuses=frozenset({503}),
     sources=frozenset({"stale"}),
-    refuses=0.1,
+    refuses=0.25,
     seconds=0.5,
     heals=True,
 )
@@ -77,6 +77,7 @@ _FROZEN: Final = Fault(
     nothing,
     statuses=frozenset({503}),
     sources=frozenset({"stale", "bypass"}),
+    refuses=0.1,
     waits=4.0 + RECOVERY,
     alone=0,
 )
