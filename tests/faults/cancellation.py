@@ -14,9 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-import psutil
 import uvloop
 
 from goodstanding.tasks import background
@@ -192,14 +190,13 @@ async def _hold_loads(made: Scene, served: Served) -> tuple[bool, Sequence[int]]
 
 async def _settled(made: Scene, *, at_most: Sequence[int] = ()) -> Sequence[int]:
     """Count the file descriptors of each process when clients' have ended, but those for PostgreSQL."""
-    port = urlsplit(made.cables["postgres"].url).port
     await made.load.close_idle()
     counts: Sequence[int] = ()
     steady = 0
 
     async def are_steady() -> bool:
         nonlocal counts, steady
-        before, counts = counts, [_descriptors(one, port) for one in made.served]
+        before, counts = counts, [made.descriptors(process) for process in range(PROCESSES)]
         steady = steady + 1 if counts == before else 0
         await asyncio.sleep(0.2)
         few = at_most and all(now <= most for now, most in zip(counts, at_most, strict=True))
@@ -207,14 +204,6 @@ async def _settled(made: Scene, *, at_most: Sequence[int] = ()) -> Sequence[int]
 
     await eventually(are_steady, within=4 * _KEPT_ALIVE_SECONDS)
     return counts
-
-
-def _descriptors(served: Served, postgres: int | None) -> int:
-    """Count those for anything but PostgreSQL: how many connections it has is checked by itself."""
-    assert served.process is not None
-    process = psutil.Process(served.process.pid)
-    theirs = [one for one in process.net_connections("tcp") if getattr(one.raddr, "port", None) == postgres]
-    return process.num_fds() - len(theirs)
 
 
 def _report(outcome: Outcome, *, seed: int) -> str:

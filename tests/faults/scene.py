@@ -15,7 +15,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
+import psutil
 import redis.asyncio
 
 from goodstanding import embedded
@@ -108,6 +110,15 @@ class Scene:
     async def metrics(self) -> Sequence[dict[str, float]]:
         """Read the metrics of each process; none of one that does not answer."""
         return [await _metrics(one) for one in self.served]
+
+    def descriptors(self, process: int) -> int:
+        """Count a process's file descriptors but those for PostgreSQL, of which a pool has now more and now fewer."""
+        served = self.served[process].process
+        assert served is not None
+        port = urlsplit(self.cables["postgres"].url).port
+        found = psutil.Process(served.pid)
+        theirs = [one for one in found.net_connections("tcp") if getattr(one.raddr, "port", None) == port]
+        return found.num_fds() - len(theirs)
 
     def said(self, since: Sequence[int]) -> Sequence[Counter[str]]:
         """Count what each process has logged since its log was that long, by `level event dependency`."""

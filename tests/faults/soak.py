@@ -24,7 +24,7 @@ from tests.faults.scene import Scene, scene
 _MINUTE: Final = 60.0
 _GROWTH: Final = 1.05
 _GROWTH_MB: Final = 3.0
-"""Memory may have grown by as much, whichever is more; what every path allocates once is there in the second quarter.
+"""Memory may have grown by so much, whichever is more; what every path allocates once is there in the second quarter.
 """
 _MORE_DESCRIPTORS: Final = 5
 _LOOKS: Final = 10
@@ -38,8 +38,9 @@ _INTRODUCTION: Final = """\
 `make soak MINUTES={minutes}` (seed {seed}): {rate:.0f} requests a second to two processes, of which one has no memory
 tier, and a fault of [the matrix](faults.md) each minute. Memory and file descriptors of each process are read in the
 calm at the end of each minute, ten times in five seconds, of which the median counts; descriptors without the
-connections that the load itself keeps. The median of the last quarter of an hour must not exceed that of the second
-one by more than 5 % or 3 MB of memory, nor that of the first one by more than 5 descriptors.
+connections that the load itself keeps, and without those of the pool for PostgreSQL, which has at most ten. The median
+of the last quarter of all minutes must not exceed that of the second quarter by more than 5 % and 3 MB of memory, nor
+that of the first one by more than 5 descriptors.
 """
 
 
@@ -105,7 +106,7 @@ async def _sample(made: Scene) -> Sample:
         await asyncio.sleep(_LOOK_SECONDS)
         looks.append(
             [
-                (process.memory_info().rss / 1e6, process.num_fds() - made.load.connections(number))
+                (process.memory_info().rss / 1e6, made.descriptors(number) - made.load.connections(number))
                 for number, process in enumerate(processes)
             ]
         )
