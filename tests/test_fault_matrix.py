@@ -5,22 +5,29 @@
 
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 import pytest_asyncio
 
-from tests.faults import cancellation
-from tests.faults.matrix import run
+from tests.faults import cancellation, soak
+from tests.faults.matrix import ORDINARY, run
 from tests.faults.oracle import Oracle, Person
 from tests.faults.rows import FAULTS
-from tests.faults.scene import STAGES, Scene, scene
+from tests.faults.scene import STAGES, Scene, changed_program, scene
 
 _SEED = secrets.randbelow(2**31)
 _RATE = 60.0
-_SLICE = ("Redis: kill -9", "Redis: READONLY", "PostgreSQL: a backend killed", "PostgreSQL: disk full for the relay")
-_FOUND = ("the answer of ", "stale for ", "500 : not allowed", " after 1.")
+_SLICE = (
+    "Redis: kill -9",
+    "Redis: READONLY",
+    "PostgreSQL: a backend killed",
+    "PostgreSQL: disk full for the relay",
+    "ours: SIGTERM",
+)
+_FOUND = ("the answer of ", "stale for ", "500 : not allowed", " after 1.", " dropped it: ", "no answer: hangs")
 """What must be said of the bugs that are planted."""
 _BY_NAME = {fault.name: fault for fault in FAULTS}
 
@@ -52,18 +59,48 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 
 @pytest.mark.slow
 async def test_planted_bugs_are_found(tmp_path: Path) -> None:
-    """Somebody else's answer, a value that no change drops, an error, a delay, each now and then: each is seen."""
+    """Somebody else's answer, one that no change drops, an error, a delay, none at all, now and then: each is seen."""
     async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
-        row = await run(_BY_NAME["nothing"], one)
+        row = await run(replace(ORDINARY, seconds=2.0), one)
     found = "\n".join((*row.wrong, *row.late))
     for words in _FOUND:
         assert words in found
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_process_that_drops_what_is_under_way_when_it_is_ended_is_found(
+    made: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where SIGTERM ends a process at once, the requests that it had begun are missed, and nothing else is."""
+    one = made.served[0]
+    monkeypatch.setattr(one, "program", changed_program("abrupt"))
+    await one.kill()
+    await one.start()
+    row = await run(_BY_NAME["ours: SIGTERM"], made, timed=False)
+    assert any(" dropped it: " in line for line in row.wrong)
+    assert all(" dropped it: " in line for line in row.wrong)
 
 
 def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:
     """A row of the matrix can be chosen by its name, and run."""
     assert len(_BY_NAME) == len(FAULTS)
     assert {fault.stage for fault in FAULTS} <= STAGES.keys()
+
+
+def test_a_soak_sees_what_grows() -> None:
+    """Memory and descriptors that grow a little each minute are found in an hour; what only goes up and down is not."""
+
+    def found(leak_mb: float, leak: float) -> list[str]:
+        minutes = range(60)
+        samples: list[soak.Sample] = [
+            [(80 + minute % 3 + minute * leak_mb, int(30 + minute % 4 + minute * leak))] for minute in minutes
+        ]
+        return soak.Outcome(samples=samples).findings()
+
+    assert [] == found(0.0, 0.0)
+    assert ["process 0 grew from 84.3 to 88.8 MB"] == found(0.15, 0.0)
+    assert ["process 0 had 32 file descriptors, and has 42"] == found(0.0, 0.2)
 
 
 def _told(completed: int, no_shows: int, **changed: object) -> dict[str, object]:

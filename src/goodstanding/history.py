@@ -10,26 +10,18 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 import asyncpg
 
+from goodstanding.connections import OUTAGES, Connections
 from goodstanding.data import AtFault, SessionCounts, SessionId, UserId
 from goodstanding.errors import InvalidInputError, SessionNotFoundError, TemporarilyUnavailableError
 from goodstanding.metrics import QUERY_ERRORS, QUERY_SECONDS
 from goodstanding.policy import ReputationPolicy
-from goodstanding.tasks import Spawn, background
+from goodstanding.tasks import background
 
 if TYPE_CHECKING:
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
     _Lent: TypeAlias = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
-    _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
 
 MOST_IDS: Final = 100
-# The last two are how asyncpg and uvloop tell of a connection that the server ended between two of their lines.
-_OUTAGES: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    OSError,
-    asyncpg.InternalClientError,
-    RuntimeError,
-)
 _MOST_ACTIVE_SECONDS: Final = 60.0
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
@@ -66,9 +58,8 @@ class SessionHistory:
     with the database is a TemporarilyUnavailableError whose `__cause__` is the failure itself.
     """
 
-    def __init__(self, pool: "_Pool", spawn: Spawn, *, deadline: float) -> None:
-        self._pool = pool
-        self._spawn = spawn
+    def __init__(self, connections: Connections, *, deadline: float) -> None:
+        self._connections = connections
         self._deadline = deadline
 
     @classmethod
@@ -93,11 +84,14 @@ class SessionHistory:
                 # Some poolers refuse start-up parameters that they do not know.
                 server_settings={} if transaction_pooler else {"application_name": "goodstanding"},
             )
+            connections = Connections(pool, spawn, most=pool_size, deadline=deadline)
+            spawn(connections.close_unused())
             try:
-                yield cls(pool, spawn, deadline=deadline)
+                yield cls(connections, deadline=deadline)
             finally:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(deadline):
+                        await connections.close()
                         await pool.close()
                 pool.terminate()
 
@@ -157,31 +151,23 @@ class SessionHistory:
                     return await connection.fetch(QUERIES[name], *values)
         except (asyncpg.DataError, asyncpg.CheckViolationError):
             raise InvalidInputError from None
-        except _OUTAGES as error:
+        except OUTAGES as error:
             QUERY_ERRORS.labels(name).inc()
             raise TemporarilyUnavailableError from error
 
     @asynccontextmanager
     async def _lent(self) -> AsyncIterator["_Lent"]:
-        connection = await self._pool.acquire()
+        connection = await self._connections.acquire()
         try:
             yield connection
         except asyncio.CancelledError:
-            # The server is asked to stop the query. A hung one never answers that, so nobody waits for it here.
-            self._spawn(self._give_up(connection))
+            # The server is asked to stop the query; nobody waits for that here.
+            self._connections.discard(connection)
             raise
         except BaseException:
-            await self._pool.release(connection)
+            self._connections.give_back(connection)
             raise
-        self._spawn(self._return(connection))
-
-    async def _return(self, connection: "_Lent") -> None:
-        await asyncio.sleep(0)  # whoever waits for the rows goes first
-        await self._give_up(connection)
-
-    async def _give_up(self, connection: "_Lent") -> None:
-        with suppress(*_OUTAGES):
-            await self._pool.release(connection, timeout=self._deadline)
+        self._connections.give_back(connection)
 
 
 async def _keep(_: "_Connection") -> None:

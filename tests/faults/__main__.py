@@ -20,13 +20,16 @@ _PAGE: Final = """\
 
 What `make faults` found, the whole matrix of `tests/faults/rows.py`: real servers that are really broken, under
 {rate:.0f} requests a second to two processes of `goodstanding serve`, every one of whose answers is compared with what
-had been committed (seed {seed}). One process has no memory tier, so that its hits are Redis's.
+had been committed (seed {seed}). One process has no memory tier, so that its hits are Redis's. Every request is
+accounted for: one that was read and not answered, or hangs, is wrong; it is sent again only where the server had closed
+a kept connection before it read it. Where one process is itself broken, nothing excuses the other one.
 
 - **answers**, and what they were: where a read came from (`Cache-Status`), `batch`, 404 (somebody unknown), 503.
 - **hit**, **other**: the slowest answer from a cache, and the slowest of the others, in milliseconds. Hits take 300 ms
   at most; so do the others, unless they must wait for a PostgreSQL that says nothing, for the deadline of a load.
 - **stalest**: by how much the oldest answer that was not marked as stale was behind, in milliseconds; 2000 at most.
-- **back**: seconds from the mending until every process was ready and every answer an ordinary one; 2 at most.
+- **back**: seconds from the mending, or from the strike where it heals by itself, until every process was ready and
+  every answer an ordinary one; 2 at most.
 - **said**: what was logged as a warning, once by each process.
 
 A row of which only times were missed is run again, up to three times: a busy machine misses them, too.

@@ -9,21 +9,20 @@ import secrets
 import sys
 import tempfile
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-import psutil
 import uvloop
 
 from goodstanding.tasks import background
 from tests.conftest import connect
 from tests.faults.ours import vanish
 from tests.faults.scene import PROCESSES, Scene, scene
-from tests.live import Served
-from tests.parts import eventually
+from tests.live import Line, Served
+from tests.parts import eventually, loads_held
 
 _AT_ONCE: Final = 50
 _WARM: Final = 2000
@@ -31,6 +30,8 @@ _VANISH: Final = 1 / 3
 _POOL: Final = 10
 _LEASE_SECONDS: Final = 1.0
 _SLACK: Final = 1.0
+_MOMENT: Final = 0.1
+_ATTEMPTS: Final = 3
 _STEADY: Final = 30
 """Looks, five a second, that see the same number: longer than the server keeps an idle connection."""
 _KEPT_ALIVE_SECONDS: Final = 5.0
@@ -38,6 +39,25 @@ _BUSY: Final = (
     "select count(*) filter (where state <> 'idle'), count(*) from pg_stat_activity"
     " where datname = current_database() and application_name = 'goodstanding'"
 )
+
+_PAGE: Final = """\
+# Requests that vanish
+
+`make cancellation REQUESTS={requests}` (seed {seed}): requests to two processes, fifty at a time, of which a third are
+given up at a random point: within the request, while it is answered, or within the answer.
+
+| | |
+|---|---|
+| vanished | {vanished} |
+| answered, by status | {statuses} |
+| file descriptors of each process before | {before} |
+| after | {after} |
+
+Afterwards there must be no lease in Redis once the deadline of a load has passed, no busy connection to PostgreSQL, no
+file descriptor more than before, and each process must run as many loads at once as it has connections.
+
+{found}
+"""
 
 
 @dataclass(slots=True)
@@ -47,7 +67,8 @@ class Outcome:
     answered: int = 0
     vanished: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    descriptors: tuple[int, int] = (0, 0)
+    descriptors: tuple[Sequence[int], Sequence[int]] = ((), ())
+    """Of each process, before and after."""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -60,10 +81,11 @@ async def run(made: Scene, requests: int) -> Outcome:
     await _send(made, requests, outcome)
     await _check_leases(made, outcome)
     await _check_connections(made, outcome)
-    after = await _settled(made, at_most=before)
-    outcome.descriptors = before, after
-    if after > before:
-        outcome.wrong.append(f"{before} file descriptors before, {after} after")
+    outcome.descriptors = before, await _settled(made, at_most=before)
+    for process, (was, now) in enumerate(zip(*outcome.descriptors, strict=True)):
+        if now > was:
+            outcome.wrong.append(f"process {process} had {was} file descriptors, and has {now}")
+    await _check_loads(made, outcome)
     await made.ready()
     made.load.rate = rate
     return outcome
@@ -94,12 +116,18 @@ async def _send(made: Scene, requests: int, outcome: Outcome) -> None:
 
 
 async def _check_leases(made: Scene, outcome: Outcome) -> None:
-    await asyncio.sleep(_LEASE_SECONDS)
+    """Nobody asks: within the deadline of a load every lease has been given up, or has run out."""
+    keys: list[bytes | str] = []
     async with made.redis() as client:
-        for key in await client.keys("*:lease"):
-            left = await client.pttl(key)
-            if left == -1 or left > _LEASE_SECONDS * 1000:
-                outcome.wrong.append(f"a lease that lives for {left} ms more: {key!r}")
+
+        async def are_gone() -> bool:
+            keys[:] = await client.keys("*:lease")
+            return not keys
+
+        try:
+            await eventually(are_gone, within=_LEASE_SECONDS + _SLACK)
+        except AssertionError:
+            outcome.wrong += [f"a lease that lives for {await client.pttl(key)} ms more: {key!r}" for key in keys]
 
 
 async def _check_connections(made: Scene, outcome: Outcome) -> None:
@@ -119,29 +147,77 @@ async def _check_connections(made: Scene, outcome: Outcome) -> None:
         outcome.wrong.append(f"{found[1]} connections to PostgreSQL, of {PROCESSES * _POOL} at most")
 
 
-async def _settled(made: Scene, *, at_most: int = 0) -> int:
-    """Count the file descriptors that both processes have for anything but PostgreSQL, when clients' have ended."""
-    port = urlsplit(made.cables["postgres"].url).port
+async def _check_loads(made: Scene, outcome: Outcome) -> None:
+    """Each process can run as many loads at once as it has connections: none is lent out, and no turn is taken."""
+    for process, one in enumerate(made.served):
+        held, answers = await _hold_loads(made, one)
+        if not held:
+            outcome.wrong.append(f"process {process} did not run {_POOL} loads at once")
+        outcome.wrong += [f"process {process}: {status}" for status in answers if held and status != 200]
+
+
+async def _hold_loads(made: Scene, served: Served) -> tuple[bool, Sequence[int]]:
+    """Hold as many loads in PostgreSQL as a process may run, for less than their deadline; give what was answered."""
+    async with background() as spawn, AsyncExitStack() as stack:
+        lines = [await stack.enter_async_context(Line.to(served.port)) for _ in range(_POOL)]
+        people = made.load.oracle.people[:_POOL]
+        statuses: list[int] = []
+        held = False
+
+        async def ask(line: Line, request: bytes) -> None:
+            status, _, _ = await line.ask(request)
+            statuses.append(status)
+
+        # All connections are open before it counts: to open them takes a while, and no part in the deadline.
+        for _ in range(_ATTEMPTS):
+            statuses.clear()
+            held = True
+            async with loads_held(made.database) as waiting:
+                asking = [
+                    spawn(ask(line, made.load.past_the_cache(person)))
+                    for line, person in zip(lines, people, strict=True)
+                ]
+                try:
+                    async with asyncio.timeout(_LEASE_SECONDS - _MOMENT):
+                        await waiting(_POOL)
+                except TimeoutError:
+                    held = False
+            await asyncio.wait(asking)
+            if held and statuses == [200] * _POOL:
+                break
+        return held, statuses
+
+
+async def _settled(made: Scene, *, at_most: Sequence[int] = ()) -> Sequence[int]:
+    """Count the file descriptors of each process when clients' have ended, but those for PostgreSQL."""
     await made.load.close_idle()
-    count: int = -1
-    steady: int = 0
+    counts: Sequence[int] = ()
+    steady = 0
 
-    async def is_steady() -> bool:
-        nonlocal count, steady
-        before, count = count, sum(_descriptors(one, port) for one in made.served)
-        steady = steady + 1 if count == before else 0
+    async def are_steady() -> bool:
+        nonlocal counts, steady
+        before, counts = counts, [made.descriptors(process) for process in range(PROCESSES)]
+        steady = steady + 1 if counts == before else 0
         await asyncio.sleep(0.2)
-        return steady >= _STEADY or count <= at_most
+        few = at_most and all(now <= most for now, most in zip(counts, at_most, strict=True))
+        return steady >= _STEADY or bool(few)
 
-    await eventually(is_steady, within=4 * _KEPT_ALIVE_SECONDS)
-    return count
+    await eventually(are_steady, within=4 * _KEPT_ALIVE_SECONDS)
+    return counts
 
 
-def _descriptors(served: Served, postgres: int | None) -> int:
-    assert served.process is not None
-    process = psutil.Process(served.process.pid)
-    theirs = [one for one in process.net_connections("tcp") if getattr(one.raddr, "port", None) == postgres]
-    return process.num_fds() - len(theirs)
+def _report(outcome: Outcome, *, seed: int) -> str:
+    (first, second), (first_after, second_after) = outcome.descriptors
+    found = "\n".join(f"- {line}" for line in outcome.wrong[:20])
+    return _PAGE.format(
+        requests=outcome.answered + outcome.vanished,
+        seed=seed,
+        vanished=outcome.vanished,
+        statuses=", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items())),
+        before=f"{first} and {second}",
+        after=f"{first_after} and {second_after}",
+        found=found or "Nothing was left behind, and no answer was wrong.",
+    )
 
 
 def main() -> int:
@@ -149,6 +225,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.cancellation", description=__doc__)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
+    parser.add_argument("--report", type=Path, help="write the page here")
     arguments = parser.parse_args()
 
     async def work() -> Outcome:
@@ -158,6 +235,8 @@ def main() -> int:
 
     print(f"seed {arguments.seed}", flush=True)
     outcome = uvloop.run(work())
+    if arguments.report is not None:
+        arguments.report.write_text(_report(outcome, seed=arguments.seed), "utf-8")
     print(f"{outcome.answered} answered {dict(outcome.statuses)}, {outcome.vanished} vanished,", end=" ")
     print(f"file descriptors {outcome.descriptors[0]} before and {outcome.descriptors[1]} after")
     print("\n".join(outcome.wrong[:20]) or "nothing was left behind, and no answer was wrong")

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import socket
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -16,6 +18,7 @@ from goodstanding.tasks import Spawn, background
 from tests.conftest import connect
 from tests.faults.oracle import CHANGE, COUNT, STEP, Finding, Oracle, Person
 from tests.live import OUTAGES, PROMISED, Line, Served
+from tests.parts import eventually
 from tests.serving import BATCH, SINGLE, token
 
 _CALLERS: Final = 20
@@ -26,6 +29,10 @@ _UNKNOWN: Final = 50
 _MOST_LINES: Final = 100
 """Connections to one process; who cannot be served by it asks another one."""
 _GIVE_UP_SECONDS: Final = 20.0
+_MOST_ATTEMPTS: Final = 4
+_RESET_SECONDS: Final = 0.05
+_CLOSED: Final = 7
+"""TCP_CLOSE of Linux: what a connection is that was reset."""
 _KINDS: Final = {"single": 84, "past the cache": 4, "batch": 8, "unknown": 4}
 _TIERS: Final = (50, 30, 20)
 """How often the hot, the warm and the cold are asked for."""
@@ -35,6 +42,19 @@ _SOURCES: Final = {
     "fwd=request": "request",
     "fwd=bypass": "bypass",
 }
+
+
+class NotReadError(ConnectionError):
+    """The server has not read the request, and will not: it can be sent again, whatever it was."""
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A request under way, since a moment of the event loop's clock."""
+
+    moment: float
+    kind: str
+    process: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +92,12 @@ class Load:
     """Requests a second; 0: only what others ask by `one`."""
     bound: float = PROMISED
     """How stale an answer may be that is not marked so, in seconds."""
-    stale_allowed: bool = False
-    """Whether answers from before an outage may come; single ones are marked, in a batch they have an old timestamp."""
+    stale_allowed: frozenset[int] = frozenset()
+    """Processes that may answer as before an outage; single answers are marked, in a batch they have an old timestamp.
+    """
     writing: bool = True
     seen: list[Seen] = field(default_factory=list)
+    under_way: set[Asked] = field(default_factory=set)
     lag: float = 0.0
     """How late this process's own loop was at most, in seconds: its measurements are no better."""
     _spawn: Spawn | None = None
@@ -112,6 +134,25 @@ class Load:
             self.writing = False
             await asyncio.wait([writing], timeout=_GIVE_UP_SECONDS)
         await self.close_idle()
+
+    async def account(self, began: float, ended: float, *, within: float) -> Sequence[Seen]:
+        """Tell of every request of this time what became of it; one without an answer so many seconds later hangs."""
+
+        def left() -> Sequence[Asked]:
+            return [one for one in self.under_way if began <= one.moment < ended]
+
+        with suppress(AssertionError):
+            await eventually(lambda: not left(), within=within)
+        hangs = Finding("hangs")
+        hanging = [
+            Seen(one.moment, self.now - one.moment, one.process, one.kind, 0, "", retried=False, finding=hangs)
+            for one in left()
+        ]
+        return [*(one for one in self.seen if began <= one.asked < ended), *hanging]
+
+    def connections(self, process: int) -> int:
+        """Tell how many connections to a process are kept."""
+        return self._open[process]
 
     async def close_idle(self) -> None:
         """Close the connections over which nothing is asked now."""
@@ -180,37 +221,51 @@ class Load:
         people = self._people(kind)
         return kind, people, self._bytes(kind, people)
 
+    def past_the_cache(self, person: Person) -> bytes:
+        """Give the bytes of a request that PostgreSQL must answer."""
+        return self._bytes("past the cache", [person])
+
     async def one(self) -> None:
         """Ask once, and judge the answer."""
         kind, people, request = self.request()
-        asked = self.now
+        asked = Asked(self.now, kind)
+        self.under_way.add(asked)
+        try:
+            await self._one(asked, people, request)
+        finally:
+            self.under_way.discard(asked)
+
+    async def _one(self, asked: Asked, people: Sequence[Person], request: bytes) -> None:
+        kind, stale_allowed = asked.kind, self.stale_allowed
         self._turn += 1
-        first = self._turn % len(self.served)
+        first = self._turn
         retried = False
         status, head, body = 0, b"", b""
         failures: list[str] = []
-        process = first
-        for attempt in range(2):
-            process = self._place(first + attempt)
+        for attempt in range(_MOST_ATTEMPTS):
+            asked.process = self._place(first + attempt)
             retried = attempt > 0
             try:
                 async with asyncio.timeout(_GIVE_UP_SECONDS):
-                    status, head, body = await self._exchange(process, request)
+                    status, head, body = await self._exchange(asked.process, request)
                 break
+            except NotReadError as error:
+                # As any client does, and a balancer with another process.
+                failures.append(f"process {asked.process} did not read it: {error.__cause__!r}")
             except TimeoutError:
-                failures.append(f"process {process} said nothing")
+                failures.append(f"process {asked.process} said nothing")
                 break
             except OSError as error:
-                failures.append(f"process {process}: {error!r} {error.__cause__!r}")
-                # As any client and balancer does with a read of which nothing has come back.
-                if getattr(error.__cause__, "partial", b""):
-                    break
-        seconds = self.now - asked
+                failures.append(f"process {asked.process} dropped it: {error!r} {error.__cause__!r}")
+                break
+        seconds = self.now - asked.moment
         source = _source(head) if status == 200 and kind in {"single", "past the cache"} else ""
-        if kind == "batch" and self.stale_allowed:
+        if kind == "batch" and status == 200 and asked.process in stale_allowed:
             source = "old batch"
-        finding = self._judge(kind, people, status, source, body, asked) if status else Finding("; ".join(failures))
-        self.seen.append(Seen(asked, seconds, process, kind, status, source, retried, finding))
+        finding = (
+            self._judge(kind, people, status, source, body, asked.moment) if status else Finding("; ".join(failures))
+        )
+        self.seen.append(Seen(asked.moment, seconds, asked.process, kind, status, source, retried, finding))
 
     def _people(self, kind: str) -> Sequence[Person]:
         if kind == "unknown":
@@ -244,18 +299,26 @@ class Load:
             # The server has closed it: it was idle for long.
             await self._close(process, stack)
             stack, line = idle.pop() if idle else (None, None)
+        kept = line is not None
         if line is None or stack is None:
             self._open[process] += 1
             stack = AsyncExitStack()
             try:
                 line = await stack.enter_async_context(Line.to(self.served[process].port))
-            except BaseException:
+            except BaseException as error:
                 self._open[process] -= 1
+                if isinstance(error, ConnectionError):
+                    raise NotReadError from error
                 raise
         whole = False
         try:
             answer = await line.ask(request)
             whole = b"\r\nconnection: close" not in answer[1].lower()
+        except ConnectionError as error:
+            # Of a new connection no client could tell whether it had been idle.
+            if kept and await _is_reset(line, error):
+                raise NotReadError from error
+            raise
         finally:
             if whole:
                 idle.append((stack, line))
@@ -292,3 +355,22 @@ def _source(head: bytes) -> str:
     status = head.partition(b"cache-status: goodstanding; ")[2].partition(b"\r\n")[0].decode()
     word, _, life = status.partition("; ttl=")
     return "stale" if life.startswith("-") else _SOURCES.get(word, status)
+
+
+async def _is_reset(line: Line, error: ConnectionError) -> bool:
+    """Tell whether the server closed a connection before it had read what was sent: then its kernel resets it.
+
+    Of a request that was read and dropped nothing but the end of the connection is seen. Elsewhere than on Linux the
+    two are not told apart.
+    """
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return True
+    if sys.platform != "linux":
+        return not getattr(error.__cause__, "partial", b"")
+    one: socket.socket = line.writer.get_extra_info("socket")
+    with suppress(AssertionError):
+        await eventually(
+            lambda: one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSED, within=_RESET_SECONDS
+        )
+        return True
+    return False

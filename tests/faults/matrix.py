@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,15 @@ from tests.faults.scene import Scene
 ANSWERABLE: Final = 0.3
 """Seconds within which anything is answered that can be."""
 RECOVERY: Final = 2.0
-_SETTLE: Final = 2.0
+_CALM: Final = 1.0
+"""After the recovery, in seconds: everything is as on any ordinary day."""
+_READY: Final = 15.0
+HANGS: Final = 5.0
+"""A request without an answer so many seconds after the row's end will not get one."""
+_STEADY: Final = 0.9
+"""Of the requests that were due, so many at least must have been sent, or nothing was under load."""
+_EXCUSED: Final = 0.01
+"""Of all answers so many at most may be refused or stale for no reason but a busy machine that missed a deadline."""
 _LAG: Final = 0.1
 """A measurement by a loop that was so late, in seconds, is repeated."""
 _ATTEMPTS: Final = 3
@@ -24,13 +32,15 @@ _ATTEMPTS: Final = 3
 class Fault:
     """One row. `strike` breaks something on entering and mends it on leaving; the rest is what must hold.
 
-    `away`: dependencies that every process must say are away, once, in log and metric, and back, once; `heals`: they
-    are back before it is mended. `flaps`: so often, where it strikes again and again.
+    `away`: dependencies that every process must say are away, once, in log and metric, and back, once. `flaps`: so
+    often, where it strikes again and again. `heals`: it is mended, as far as a client can tell, once it has struck.
     `statuses`: besides 200 and 404. `sources`: besides hit, miss and request.
     `shows`: what must have been seen, or nothing was broken: sources, or statuses.
     `waits`: within so many seconds comes an answer that is not from a cache; hits within ANSWERABLE.
-    `meters`: metrics that must have risen. `alone`: the process that is itself broken, whose answers may take longer,
-    and do not come at all where `silent` says so. `once`: what is broken stays so, and no attempt follows the first.
+    `meters`: metrics that must have risen. `alone`: the process that is itself broken. It alone is excused by all of
+    this, hits as well; `silent`: by giving no answer, too. For the other one it is an ordinary day.
+    `refuses`: the share of the answers that may be 503.
+    `once`: what is broken stays so, and no attempt follows the first.
     """
 
     name: str
@@ -49,6 +59,20 @@ class Fault:
     flaps: int = 1
     stage: str = "plain"
     once: bool = False
+    refuses: float = 0.0
+
+    def allows(self, process: int) -> "Fault":
+        """Give what holds for a process while this lasts."""
+        return self if self.alone in {None, process} else ORDINARY
+
+
+@asynccontextmanager
+async def nothing(_scene: Scene) -> AsyncIterator[None]:
+    """Break nothing: an ordinary day."""
+    yield
+
+
+ORDINARY: Final = Fault("nothing", nothing)
 
 
 @dataclass(slots=True)
@@ -107,29 +131,37 @@ async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
 
 async def _run(fault: Fault, scene: Scene) -> Row:
     load, row = scene.load, Row(fault)
-    await scene.ready()
-    load.seen.clear()
+    await scene.calm()
     load.lag = 0.0
-    load.stale_allowed = "stale" in fault.sources
+    load.stale_allowed = frozenset(
+        process for process in range(len(scene.served)) if "stale" in fault.allows(process).sources
+    )
     logged, before, began = scene.logged(), await scene.metrics(), load.now
+    load.seen = [one for one in load.seen if one.asked >= began]
+    mended = ready = began
     held, pressure = before, _pressure()
     async with fault.strike(scene):
-        await asyncio.sleep(fault.seconds)
-        held = await scene.metrics()
-    mended = load.now
-    try:
-        ready = await scene.ready(within=15.0)
-    except AssertionError:
-        row.wrong.append("not every process was ready again 15 s later")
-        ready = 15.0
-    await asyncio.sleep(_SETTLE)
-    seen = [one for one in load.seen if one.asked >= began]
-    load.stale_allowed = False
+        mended = load.now
+        if fault.heals:
+            ready = await _ready(row, scene)
+        await asyncio.sleep(max(0.0, mended + fault.seconds - load.now))
+        if fault.away:
+            held = await scene.metrics()
+    if not fault.heals:
+        mended = load.now
+        ready = await _ready(row, scene)
+    await asyncio.sleep(max(0.0, mended + fault.recovery - load.now))
+    load.stale_allowed = frozenset()
+    await asyncio.sleep(_CALM)
+    ended = load.now
+    seen = await load.account(began, ended, within=HANGS)
     row.lag = load.lag
     row.pressed = (_pressure() - pressure) / (load.now - began)
+    if len(seen) < _STEADY * load.rate * (ended - began):
+        row.late.append(f"{len(seen)} requests in {ended - began:.1f} s are no steady load")
     _judge_answers(row, seen, mended)
     degraded = max((one.asked - mended for one in seen if not one.whole), default=0.0)
-    row.recovered = max(ready, degraded)
+    row.recovered = max(ready - mended, degraded)
     if row.recovered > fault.recovery:
         row.late.append(f"recovered after {row.recovered:.2f} s")
     _judge_logs(row, scene.said(logged))
@@ -137,41 +169,70 @@ async def _run(fault: Fault, scene: Scene) -> Row:
     return row
 
 
+async def _ready(row: Row, scene: Scene) -> float:
+    """Give the moment at which every process was ready."""
+    try:
+        await scene.ready(within=_READY)
+    except AssertionError:
+        row.wrong.append(f"not every process was ready again {_READY:.0f} s later")
+    return scene.load.now
+
+
 def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     row.answers = len(seen)
     row.retried = sum(one.retried for one in seen)
+    excused: list[str] = []
+    outages = 0
+
+    def alone(one: Seen) -> bool:
+        return one.process == row.fault.alone
+
     for one in seen:
-        row.outcomes[str(one.status) if one.status != 200 else one.source.removeprefix("old ") or one.kind] += 1
+        row.outcomes[_outcome(one)] += 1
         what = f"{one.asked - mended:+.3f} s: process {one.process}: {one.kind}: {one.status} {one.source}"
-        wrong = _wrong(row.fault, one)
-        if wrong:
+        # Whoever asks later than a recovery may take asks on an ordinary day.
+        allowed = row.fault.allows(one.process) if one.asked < mended + row.fault.recovery else ORDINARY
+        wrong = _wrong(allowed, one)
+        if wrong and (one.status == 503 or one.source in {"stale", "bypass"}):
             # Deadlines too are missed on a busy machine.
-            blamed = row.late if one.status == 503 or one.source in {"stale", "bypass"} else row.wrong
-            blamed.append(f"{what}: {wrong}")
-        if not one.old:
-            row.stalest = max(row.stalest, one.finding.behind)
-        if one.process == row.fault.alone:
-            continue
-        if one.source == "hit":
-            row.hit = max(row.hit, one.seconds)
-        else:
-            row.other = max(row.other, one.seconds)
-        if one.seconds > (ANSWERABLE if one.source == "hit" else row.fault.waits):
+            excused.append(f"{what}: {wrong}")
+            outages += one.source != "bypass"
+        elif wrong:
+            row.wrong.append(f"{what}: {wrong}")
+        if one.status and one.seconds > (allowed.waits if one.source != "hit" or alone(one) else ANSWERABLE):
             row.late.append(f"{what} after {one.seconds:.3f} s")
+    row.stalest = max((one.finding.behind for one in seen if not one.old), default=0.0)
+    times = [(one.source == "hit", one.seconds) for one in seen if one.status and not alone(one)]
+    row.hit, row.other = (max((seconds for hit, seconds in times if hit is of), default=0.0) for of in (True, False))
+    row.late += excused
+    if outages > _EXCUSED * row.answers:
+        row.wrong.append(f"{outages} of {row.answers} answers are outages that are not allowed")
+    _judge_outcomes(row)
+
+
+def _judge_outcomes(row: Row) -> None:
+    if row.outcomes["503"] > max(row.fault.refuses, _EXCUSED) * row.answers:
+        row.wrong.append(f"{row.outcomes['503']} of {row.answers} were refused")
     row.wrong += [f"nothing was broken: no {wanted} was seen" for wanted in row.fault.shows - row.outcomes.keys()]
     if not {"hit", "miss", "request"} <= row.outcomes.keys():
         row.wrong.append(f"a load of every kind was wanted: {dict(row.outcomes)}")
 
 
-def _wrong(fault: Fault, one: Seen) -> str:
+def _outcome(one: Seen) -> str:
+    if one.status == 200:
+        return one.source.removeprefix("old ") or one.kind
+    return str(one.status or "no answer")
+
+
+def _wrong(allowed: Fault, one: Seen) -> str:
     """Tell what is wrong with an answer, if anything is."""
     if one.status == 0:
-        return "" if fault.silent and one.process == fault.alone else f"no answer: {one.finding.wrong}"
+        return "" if allowed.silent else f"no answer: {one.finding.wrong}"
     if one.finding.wrong:
         return one.finding.wrong
-    if one.status not in {200, 404} | fault.statuses:
+    if one.status not in {200, 404} | allowed.statuses:
         return "not allowed"
-    if one.status == 200 and one.source not in {"", "old batch", "hit", "miss", "request"} | fault.sources:
+    if one.status == 200 and one.source not in {"", "old batch", "hit", "miss", "request"} | allowed.sources:
         return "not allowed"
     return ""
 
@@ -211,7 +272,7 @@ def _judge_metrics(
     for process, (during, later) in enumerate(zip(held, after, strict=True)):
         for dependency in ("redis", "database", "relay"):
             gauge = f'goodstanding_dependency_up{{dependency="{dependency}"}}'
-            if dependency in row.fault.away and not row.fault.heals and during.get(gauge, 0.0) != 0.0:
+            if dependency in row.fault.away and not row.fault.heals and during.get(gauge) != 0.0:
                 row.wrong.append(f"process {process} did not meter that {dependency} was away")
             if later.get(gauge) != 1.0:
                 row.wrong.append(f"process {process} does not meter that {dependency} is back")

@@ -14,16 +14,23 @@ from tests.faults.scene import Scene
 from tests.live import Line
 from tests.parts import eventually
 
+_UNDER_WAY = 2
 _FEW = 5
 _MANY = 60
+_SLOW_SECONDS = 0.1
 
 
 @asynccontextmanager
 async def terminated(scene: Scene) -> AsyncIterator[None]:
-    """End it with SIGTERM, as a deployment does, and start it again."""
-    first = scene.served[0]
-    first.signal(signal.SIGTERM)
-    await eventually(lambda: first.process is None or first.process.poll() is not None)
+    """End it with SIGTERM in the middle of some answers, as a deployment does, and start it again."""
+    first, load, cable = scene.served[0], scene.load, scene.cables["postgres"]
+    await cable.slow(_SLOW_SECONDS)
+    try:
+        await eventually(lambda: sum(one.process == 0 for one in load.under_way) >= _UNDER_WAY)
+        first.signal(signal.SIGTERM)
+        await eventually(lambda: first.process is None or first.process.poll() is not None)
+    finally:
+        await cable.slow(0.0)
     try:
         yield
     finally:

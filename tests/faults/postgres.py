@@ -160,10 +160,17 @@ async def migrated(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def connections_used_up(scene: Scene) -> AsyncIterator[None]:
-    """Take every connection that PostgreSQL gives, those of ours first."""
+    """Take every connection that PostgreSQL gives, those of ours first.
+
+    A backend that has not quite ended keeps its place, and whoever comes first gets it. So ours may have none of the
+    places until all are given back: both processes are without a connection, and nothing else is left to chance.
+    """
     async with AsyncExitStack() as stack, connect(scene.database.superuser_url) as superuser:
         await superuser.execute("alter role app_login connection limit 0")
         await superuser.execute(f"select pg_terminate_backend(pid) {_OURS}")
+
+        async def ended() -> bool:
+            return not await superuser.fetchval(f"select count(*) {_OURS}")
 
         async def used_up() -> bool:
             try:
@@ -172,9 +179,12 @@ async def connections_used_up(scene: Scene) -> AsyncIterator[None]:
                 return True
             return False
 
+        await eventually(ended)
         await eventually(used_up)
-        await superuser.execute("alter role app_login connection limit -1")
-        yield
+        try:
+            yield
+        finally:
+            await superuser.execute("alter role app_login connection limit -1")
 
 
 @asynccontextmanager

@@ -6,14 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from tests.faults import ours, postgres, redis
-from tests.faults.matrix import ANSWERABLE, Fault
+from tests.faults.matrix import ANSWERABLE, ORDINARY, RECOVERY, Fault, nothing
 from tests.faults.scene import Scene
-
-
-@asynccontextmanager
-async def nothing(_scene: Scene) -> AsyncIterator[None]:
-    """Break nothing: an ordinary day."""
-    yield
 
 
 @asynccontextmanager
@@ -57,24 +51,39 @@ _POSTGRES: Final = Fault(
     sources=frozenset({"stale"}),
     shows=frozenset({"stale"}),
     meters=("goodstanding_stale_served_total", 'goodstanding_query_errors_total{query="counts"}'),
+    # Of the cold there is no last known good copy yet; of those who changed none is left.
+    refuses=0.5,
 )
 _HICCUP: Final = Fault(
-    "PostgreSQL", nothing, statuses=frozenset({503}), sources=frozenset({"stale"}), seconds=0.5, heals=True
+    "PostgreSQL",
+    nothing,
+    statuses=frozenset({503}),
+    sources=frozenset({"stale"}),
+    refuses=0.25,
+    seconds=0.5,
+    heals=True,
 )
 _BOTH: Final = replace(
     _POSTGRES,
     away=("redis", "database"),
     sources=frozenset({"stale", "bypass"}),
     shows=frozenset({"503"}),
+    refuses=0.8,
     meters=(*_REDIS.meters, 'goodstanding_query_errors_total{query="counts"}'),
 )
 
 _FROZEN: Final = Fault(
-    "ours", nothing, statuses=frozenset({503}), sources=frozenset({"stale", "bypass"}), alone=0, silent=True
+    "ours",
+    nothing,
+    statuses=frozenset({503}),
+    sources=frozenset({"stale", "bypass"}),
+    refuses=0.1,
+    waits=4.0 + RECOVERY,
+    alone=0,
 )
 
 FAULTS: Final[Sequence[Fault]] = (
-    Fault("nothing", nothing),
+    ORDINARY,
     replace(_REDIS, name="Redis: kill -9", strike=redis.killed),
     replace(_REDIS, name="Redis: an old snapshot", strike=redis.rewound, seconds=1.0),
     replace(_REDIS, name="Redis: SIGSTOP", strike=redis.frozen),
@@ -113,9 +122,9 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby", once=True),
     replace(_BOTH, name="both: kill -9", strike=both_killed),
     replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),
-    Fault("ours: SIGTERM", ours.terminated, seconds=1.0),
+    Fault("ours: SIGTERM", ours.terminated, seconds=1.0, waits=2 * ANSWERABLE),
     Fault("ours: kill -9", ours.killed, seconds=1.0, alone=0, silent=True),
-    replace(_FROZEN, name="ours: SIGSTOP for 10 s", strike=ours.frozen, seconds=10.0),
+    replace(_FROZEN, name="ours: SIGSTOP for 10 s", strike=ours.frozen, seconds=10.0, waits=10.0 + RECOVERY),
     Fault("ours: clients vanish", ours.clients_vanish),
     replace(_FROZEN, name="ours: descriptors used up", strike=ours.descriptors_used_up),
     Fault("ours: the clock a day ahead", ours.clock_ahead, stage="clock"),

@@ -15,7 +15,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
+import psutil
 import redis.asyncio
 
 from goodstanding import embedded
@@ -30,6 +32,7 @@ from tests.serving import SECRET
 from tests.topologies import cluster_url, running_cluster, watched_pair
 
 PROCESSES: Final = 2
+_UP: Final = "goodstanding_dependency_up"
 _SAMPLE: Final = re.compile(r"^(goodstanding_\w+(?:\{[^}]*\})?) ([0-9.e+-]+|\+Inf)$", re.MULTILINE)
 
 
@@ -80,11 +83,42 @@ class Scene:
                     return False
             return True
 
-        return await eventually(are, within=within)
+        async def look() -> bool:
+            if await are():
+                return True
+            # Whoever asks without a pause takes the processor from those who recover.
+            await asyncio.sleep(0.02)
+            return False
+
+        return await eventually(look, within=within)
+
+    async def calm(self) -> None:
+        """Wait until every process is ready and has said so, in log and metrics."""
+
+        async def is_said() -> bool:
+            await asyncio.sleep(0.02)
+            return all(
+                value == 1.0
+                for one in await self.metrics()
+                for name, value in (one or {_UP: 0.0}).items()
+                if name.startswith(_UP)
+            )
+
+        await self.ready()
+        await eventually(is_said)
 
     async def metrics(self) -> Sequence[dict[str, float]]:
         """Read the metrics of each process; none of one that does not answer."""
         return [await _metrics(one) for one in self.served]
+
+    def descriptors(self, process: int) -> int:
+        """Count a process's file descriptors but those for PostgreSQL, of which a pool has now more and now fewer."""
+        served = self.served[process].process
+        assert served is not None
+        port = urlsplit(self.cables["postgres"].url).port
+        found = psutil.Process(served.pid)
+        theirs = [one for one in found.net_connections("tcp") if getattr(one.raddr, "port", None) == port]
+        return found.num_fds() - len(theirs)
 
     def said(self, since: Sequence[int]) -> Sequence[Counter[str]]:
         """Count what each process has logged since its log was that long, by `level event dependency`."""
@@ -160,7 +194,7 @@ async def scene(
         ]
         for one in served:
             if changed or stage == "clock":
-                one.program = (sys.executable, "-P", str(Path(__file__).with_name("served.py")), changed or stage)
+                one.program = changed_program(changed or stage)
             stack.callback(one.end)
         await asyncio.gather(*(one.start() for one in served))
         standby = None
@@ -174,6 +208,11 @@ async def scene(
         async with load.running(lambda: made.database.owner_url):
             await made.ready()
             yield made
+
+
+def changed_program(name: str) -> Sequence[str]:
+    """Give the program that serves with a change of served.py."""
+    return (sys.executable, "-P", str(Path(__file__).with_name("served.py")), name)
 
 
 @asynccontextmanager

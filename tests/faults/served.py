@@ -4,16 +4,21 @@ A program of its own, `python -P served.py NAME serve --port N`: it imports noth
 """
 
 import asyncio
+import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import FrameType
 from typing import Any, Final
+
+from uvicorn import Server
 
 from goodstanding import cache, cli, main
 from goodstanding.cache import RedisCache
+from goodstanding.http_protocol import HotProtocol
 from goodstanding.reputation_service import ReputationService
 
 _SELDOM: Final = 0.08
@@ -73,12 +78,46 @@ def _wait_seldom() -> None:
     ReputationService.read = wait  # type: ignore[method-assign] # a bug
 
 
+def _hang_seldom() -> None:
+    read = ReputationService.read
+
+    async def hang(*words: Any, **options: Any) -> Any:  # noqa: ANN401 - the product's
+        if random.random() < _SELDOM:  # noqa: S311 - a bug
+            await asyncio.Event().wait()
+        return await read(*words, **options)
+
+    ReputationService.read = hang  # type: ignore[method-assign] # a bug
+
+
+def _drop_seldom() -> None:
+    received = HotProtocol.data_received
+
+    def drop(self: HotProtocol, data: bytes) -> None:
+        if b"reputation" in data and random.random() < _SELDOM:  # noqa: S311 - a bug
+            self.transport.close()
+        else:
+            received(self, data)
+
+    HotProtocol.data_received = drop  # type: ignore[method-assign] # a bug
+
+
+def _end_at_once() -> None:
+    def end(_self: Server, _number: int, _frame: FrameType | None) -> None:
+        os._exit(0)
+
+    Server.handle_exit = end  # type: ignore[assignment, method-assign] # a bug
+
+
 def _plant_bugs() -> None:
-    for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom):
+    for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom, _hang_seldom, _drop_seldom):
         plant()
 
 
-CHANGED: Final[dict[str, Callable[[], None]]] = {"clock": _move_the_clock, "bugs": _plant_bugs}
+CHANGED: Final[dict[str, Callable[[], None]]] = {
+    "clock": _move_the_clock,
+    "bugs": _plant_bugs,
+    "abrupt": _end_at_once,
+}
 
 if __name__ == "__main__":
     CHANGED[sys.argv.pop(1)]()
