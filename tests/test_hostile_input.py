@@ -112,6 +112,12 @@ def _authorized(name: str, *values: str | bytes, status: int = 401) -> Row:
     return Row(f"token: {name}", status, headers=headers, role=None)
 
 
+def _trailed(name: str, line: str, status: int) -> Row:
+    """Make a row whose chunks are fine and are followed by a line such as a head has."""
+    body = f"{len(_ONE):x}\r\n{_ONE}\r\n0\r\n{line}\r\n\r\n".encode()
+    return Row(f"trailer: {name}", status, BATCH, "POST", _CHUNKED, body, role=None, length=False)
+
+
 def _forged(name: str, header: object = None, claims: object = None, *, status: int = 401) -> Row:
     """Make a row of a token that is signed with the right secret, whatever it says."""
     default: dict[str, object] = {
@@ -461,6 +467,7 @@ ROWS: Final = [
     # The rest of HTTP.
     Row("path: rewritten by a header", 404, headers=(("X-Original-URL", "/metrics"), ("X-Rewrite-URL", "/metrics"))),
     Row("path: absolute", 404, f"http://evil.example{SINGLE.format(NIL)}"),
+    Row("path: absolute, and none", 400, "http://evil.example"),
     Row("path: two slashes", 404, f"/{SINGLE.format(NIL)}"),
     Row("path: a fragment", 404, SINGLE.format(NIL) + "#" + _MARK),
     Row("path: a space", 400, SINGLE.format(NIL) + f" {_MARK}"),
@@ -470,6 +477,8 @@ ROWS: Final = [
     Row("length: not a number", 400, headers=(("Content-Length", "evil"),)),
     Row("length: negative", 400, headers=(("Content-Length", "-1"),)),
     Row("length: two of them", 400, headers=(("Content-Length", "0"), ("Content-Length", "5"))),
+    Row("length: a list", 400, headers=(("Content-Length", "0, 0"),)),
+    Row("length: a sign", 400, headers=(("Content-Length", "+0"),)),
     Row(
         "length: beside chunks",
         400,
@@ -505,6 +514,8 @@ ROWS: Final = [
     Row("chunks: spelt otherwise", 400, BATCH, "POST", (_JSON, ("Transfer-Encoding", "xchunked")), b"0\r\n\r\n"),
     Row("chunks: not last", 400, BATCH, "POST", (_JSON, ("Transfer-Encoding", "chunked, gzip")), b"0\r\n\r\n"),
     Row("chunks: twice", 400, BATCH, "POST", (*_CHUNKED, ("Transfer-Encoding", "chunked")), b"0\r\n\r\n"),
+    _trailed("a token", f"Authorization: Bearer {token()}", 401),
+    _trailed("a length", "Content-Length: 5", 400),
     Row("wire: no request", 400, raw=b"evilmark\r\n\r\n"),
     Row("wire: TLS", 400, raw=b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 500),
     Row("wire: HTTP/2", 400, raw=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),

@@ -1,9 +1,9 @@
-"""How long a request may take to arrive at `goodstanding serve`, and how large it may be."""
+"""How long a request may take to arrive at `goodstanding serve`, how large it may be, and how many may wait."""
 
 import asyncio
 import json
 import logging
-import secrets
+import re
 import socket
 import threading
 import time
@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 import uvicorn
+from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
@@ -26,13 +27,32 @@ _POST: Final = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
 _CHUNKED: Final = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 _STREAM: Final = b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n"
 _BIG: Final = b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n"
+_SLOW: Final = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+_WATCH: Final = b"GET /watch HTTP/1.1\r\nHost: a\r\n\r\n"
+_LEAST: Final = b"GET / HTTP/1.1\r\n\r\n"
+_UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: h2c\r\n"
+_STATUS: Final = re.compile(rb"HTTP/1.1 (\d+)")
 _REQUEST_SECONDS: Final = 0.6
 _BIG_BYTES: Final = 8 << 20
 
 
 async def _application(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a GET at once, anything else when it has been read, `/stream` never to its end."""
+    """Answer a GET at once, anything else when it has been read, `/stream` never to its end.
+
+    `/slow` is answered, and its body read, when it may be; `/watch` only looks whether its client is there.
+    """
     length = _BIG_BYTES if scope["path"] == "/big" else 2
+    if scope["path"] == "/watch":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        _GONE.set()
+        return
+    if scope["path"] == "/slow":
+        if scope["method"] == "GET":
+            # Whoever asks for a body makes the server read on.
+            await receive()
+        while not _MAY_ANSWER.acquire(blocking=False):  # noqa: ASYNC110 - another thread releases it
+            await asyncio.sleep(0.01)
     if scope["method"] == "POST":
         while (message := await receive())["type"] == "http.request" and message["more_body"]:
             pass
@@ -45,15 +65,34 @@ async def _application(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 _STREAMING: Final = threading.Event()
+_MAY_ANSWER: Final = threading.Semaphore(0)
+_GONE: Final = threading.Event()
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[uvicorn.Server]:
     """Serve an application on loopback, with little patience."""
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http_bounds, "_REQUEST_SECONDS", _REQUEST_SECONDS)
         patch.setattr(http_bounds, "_LINGER_SECONDS", 0.2)
         patch.setattr(http_bounds, "_STALL_SECONDS", 0.6)
+        with _serving() as running:
+            _STREAMING.set()
+            yield running
+            _STREAMING.clear()
+
+
+@pytest.fixture
+def slow() -> Iterator[threading.Semaphore]:
+    """Give what lets one that is slow be answered."""
+    yield _MAY_ANSWER
+    while _MAY_ANSWER.acquire(blocking=False):
+        pass
+
+
+@contextmanager
+def _serving() -> Iterator[uvicorn.Server]:
+    with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         running = uvicorn.Server(
             uvicorn.Config(
@@ -69,9 +108,7 @@ def server() -> Iterator[uvicorn.Server]:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: running.started)
-        _STREAMING.set()
         yield running
-        _STREAMING.clear()
         running.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
@@ -81,6 +118,23 @@ def server() -> Iterator[uvicorn.Server]:
 def _connected(server: uvicorn.Server) -> Iterator[socket.socket]:
     with socket.create_connection(("127.0.0.1", server.config.port), timeout=30) as connection:
         yield connection
+
+
+@contextmanager
+def _observed(server: uvicorn.Server) -> Iterator[tuple[socket.socket, BoundedProtocol]]:
+    """Connect; gives both ends."""
+    before = set(server.server_state.connections)
+    with _connected(server) as connection:
+        wait_until(lambda: bool(server.server_state.connections - before))
+        [protocol] = server.server_state.connections - before
+        assert isinstance(protocol, BoundedProtocol)
+        yield connection, protocol
+
+
+def _read(connection: socket.socket) -> bytes:
+    """Read until the server closes."""
+    with connection.makefile("rb") as stream:
+        return stream.read()
 
 
 def _answer(connection: socket.socket) -> RawAnswer:
@@ -184,6 +238,37 @@ class TestTime:
             with _dripping(connection, b"a"):
                 assert _is_cut(connection)
 
+    def test_a_body_that_is_too_large_comes_after_its_answer(self, server: uvicorn.Server) -> None:
+        """It is given up, and not answered twice: the client would take that for the answer to another request."""
+        with _connected(server) as connection:
+            connection.sendall(_GET.replace(b"\r\n\r\n", b"\r\nContent-Length: %d\r\n\r\n" % (4 * MOST_MESSAGE)))
+            assert 200 == _answer(connection).status
+            threading.Thread(target=_send_all, args=(connection, b"a" * 4 * MOST_MESSAGE), daemon=True).start()
+            assert b"" == connection.recv(1)
+
+    @pytest.mark.parametrize("begun", [_GET[:1], _GET[:-1], _POST])
+    def test_a_request_that_begins_together_with_another(
+        self, server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch, begun: bytes
+    ) -> None:
+        """Its time counts from its first byte, and the connection is not idle when the other is answered."""
+        with _observed(server) as (connection, protocol):
+            monkeypatch.setattr(protocol, "timeout_keep_alive", 0.1)
+            connection.sendall(_GET + begun)
+            assert 200 == _answer(connection).status
+            assert (408, "request_timeout") == _refusal(connection)
+
+    @pytest.mark.parametrize("begun", [_GET[:1], _POST])
+    def test_a_request_that_begins_behind_a_slow_one(
+        self, server: uvicorn.Server, slow: threading.Semaphore, begun: bytes
+    ) -> None:
+        """It has no more time than any other, and is refused when the one before it is answered."""
+        with _observed(server) as (connection, protocol):
+            connection.sendall(_SLOW + begun)
+            wait_until(lambda: protocol._refusal is not None)  # noqa: SLF001 - nothing else tells
+            slow.release()
+            text = _read(connection)
+        assert [b"200", b"408"] == _STATUS.findall(text)
+
     def test_a_body_that_ends_after_its_answer(self, server: uvicorn.Server) -> None:
         """Then the connection is as good as new."""
         with _connected(server) as connection:
@@ -223,12 +308,106 @@ class TestTime:
             wait_until(lambda: bool(server.server_state.connections - before))
             wait_until(lambda: not server.server_state.connections - before, seconds=10)
 
+    def test_a_client_that_does_not_read_and_hangs_up(self, server: uvicorn.Server) -> None:
+        """Its connection is closed behind what it does not take, and does not wait for that."""
+        with _observed(server) as (connection, protocol):
+            _limit_buffer(protocol, 2 * _BIG_BYTES)
+            connection.sendall(_BIG + b"GET /")
+            wait_until(lambda: protocol.transport.get_write_buffer_size() > 0)
+            connection.shutdown(socket.SHUT_WR)
+            wait_until(lambda: protocol not in server.server_state.connections, seconds=10)
+
+    def test_a_client_that_reads_a_little(self, server: uvicorn.Server) -> None:
+        """Where the connection is to be closed, some of what was sent does not do."""
+        with _observed(server) as (connection, protocol):
+            _limit_buffer(protocol, _BIG_BYTES + (2 << 20), _BIG_BYTES + (1 << 20))
+            connection.sendall(_BIG + _BIG.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            wait_until(protocol.transport.is_closing)
+            while protocol.flow.write_paused:
+                connection.recv(1 << 16)
+            wait_until(lambda: protocol not in server.server_state.connections, seconds=10)
+
+    def test_a_client_that_goes_away_with_requests_waiting(self, server: uvicorn.Server) -> None:
+        """Whoever answers the first of them learns of it."""
+        _GONE.clear()
+        with _observed(server) as (connection, protocol):
+            connection.sendall(_WATCH + _GET)
+            wait_until(lambda: bool(protocol.pipeline))
+        wait_until(_GONE.is_set)
+
     def test_a_client_that_reads_late(self, server: uvicorn.Server) -> None:
         """Whoever reads, however late, gets everything."""
         with _connected(server) as connection:
             connection.sendall(_BIG)
             time.sleep(0.4)
             assert _BIG_BYTES == len(_answer(connection).body)
+
+
+def _limit_buffer(protocol: BoundedProtocol, high: int, low: int | None = None) -> None:
+    """Let so much be written to a client who does not read before the protocol hears of it, and of its end."""
+    done = threading.Event()
+
+    def limit() -> None:
+        protocol.transport.set_write_buffer_limits(high, low)
+        done.set()
+
+    protocol.loop.call_soon_threadsafe(limit)
+    assert done.wait(30)
+
+
+class TestNumber:
+    """Requests behind one that is being answered."""
+
+    def test_few_are_prepared(self, server: uvicorn.Server, slow: threading.Semaphore) -> None:
+        """The rest waits as bytes, of which one piece is read, for however long; all are answered in the end."""
+        count = 20_000
+        with _observed(server) as (connection, protocol):
+            sender = threading.Thread(target=connection.sendall, args=(_SLOW + _LEAST * count,), daemon=True)
+            sender.start()
+            wait_until(lambda: len(protocol._held) > 10_000)  # noqa: SLF001 - nothing else tells
+            time.sleep(max(_REQUEST_SECONDS, server.config.timeout_keep_alive) + 0.1)
+            most, rest = 0, count + 1
+            slow.release()
+            with connection.makefile("rb") as stream:
+                while rest:
+                    most = max(most, len(protocol.pipeline))
+                    assert len(protocol._held) < 300_000  # noqa: SLF001 - nothing else tells
+                    assert b"HTTP/1.1 200 OK\r\n" == stream.readline()
+                    while stream.readline() != b"\r\n":
+                        pass
+                    assert b".." == stream.read(2)
+                    rest -= 1
+            assert 50 < most < 150
+            sender.join(30)
+
+    def test_a_body_that_nobody_reads(self, server: uvicorn.Server, slow: threading.Semaphore) -> None:
+        """Nothing more of it is read, also where it waited behind another; whoever reads late gets it whole."""
+        body = b"a" * (MOST_MESSAGE - 10_000)
+        head = b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with _observed(server) as (connection, protocol):
+            sender = threading.Thread(target=connection.sendall, args=(_SLOW + head + body,), daemon=True)
+            sender.start()
+            wait_until(lambda: protocol.flow.held)
+            slow.release()
+            assert 200 == _answer(connection).status
+            wait_until(lambda: protocol.flow.read_paused and not protocol.flow.held)
+            time.sleep(0.1)
+            assert not protocol.transport.is_reading()
+            assert len(protocol.cycle.body) < 400_000
+            slow.release()
+            assert 200 == _answer(connection).status
+            sender.join(30)
+
+    def test_what_was_read_is_answered_before_the_server_stops(self, slow: threading.Semaphore) -> None:
+        """Also what was not parsed yet."""
+        with _serving() as server, _observed(server) as (connection, protocol):
+            connection.sendall(_SLOW + _GET * 500)
+            wait_until(lambda: len(protocol._held) > 10_000)  # noqa: SLF001 - nothing else tells
+            server.should_exit = True
+            wait_until(lambda: protocol._stopping)  # noqa: SLF001 - nothing else tells
+            slow.release()
+            text = _read(connection)
+        assert 501 == text.count(b"HTTP/1.1 200 OK")
 
 
 def _head(length: int) -> bytes:
@@ -273,16 +452,12 @@ class TestSize:
 
     def test_nothing_grows_behind_a_stream(self, server: uvicorn.Server) -> None:
         """What comes after a request that is being answered is no way around the bound."""
-        before = set(server.server_state.connections)
-        with _connected(server) as connection:
+        with _observed(server) as (connection, protocol):
             connection.sendall(_STREAM + b"GET /")
-            wait_until(lambda: bool(server.server_state.connections - before))
-            [protocol] = server.server_state.connections - before
-            assert isinstance(protocol, BoundedProtocol)
             for _ in range(10):
                 connection.sendall(b"a" * 40_000)
                 assert b"" != connection.recv(100_000)
-            wait_until(lambda: protocol._deaf)  # noqa: SLF001 - nothing else tells
+            wait_until(lambda: protocol._refusal is not None)  # noqa: SLF001 - nothing else tells
             assert len(protocol.url) < 300_000
             assert b"" != connection.recv(1000)
 
@@ -298,13 +473,41 @@ class TestRefusals:
     """What is not well formed."""
 
     def test_it_is_answered_after_what_was_well_formed(self, server: uvicorn.Server) -> None:
-        """Garbage behind requests does not take the place of their answers."""
+        """Garbage behind requests does not take the place of their answers, nor does what follows it lose them."""
         with _connected(server) as connection:
             connection.sendall(_GET * 3 + b"evil\r\n\r\n")
-            stream = connection.makefile("rb")
-            text = stream.read()
-        assert 3 == text.count(b"HTTP/1.1 200 OK")
-        assert 3 == text.count(b"HTTP/1.1 ")
+            connection.sendall(b"evil" * 1000)
+            text = _read(connection)
+        assert [b"200"] * 3 + [b"400"] == _STATUS.findall(text)
+
+    def test_a_request_that_waits_is_refused_alone(self, server: uvicorn.Server, slow: threading.Semaphore) -> None:
+        """A body that breaks behind others takes nothing from them."""
+        with _observed(server) as (connection, protocol):
+            connection.sendall(_SLOW + _GET + _CHUNKED + b"evil\r\n")
+            wait_until(lambda: protocol._refusal is not None)  # noqa: SLF001 - nothing else tells
+            slow.release()
+            text = _read(connection)
+        assert [b"200", b"200", b"400"] == _STATUS.findall(text)
+
+    def test_an_upgrade_is_not_taken_up(self, server: uvicorn.Server) -> None:
+        """What follows is HTTP as before, in whatever pieces it comes."""
+        upgrade = _GET.replace(b"\r\n\r\n", b"\r\n" + _UPGRADE + b"Content-Length: 0\r\n\r\n")
+        requests = upgrade * 40 + _GET + _GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        for cut in (0, len(upgrade) * 40 + 9, len(requests) - 3):
+            with _connected(server) as connection:
+                connection.sendall(requests[:cut])
+                connection.sendall(requests[cut:])
+                assert 42 == _read(connection).count(b"HTTP/1.1 200 OK")
+
+    @pytest.mark.parametrize("framing", [b"Content-Length: %d" % len(_GET), b"Transfer-Encoding: chunked"])
+    def test_an_upgrade_with_a_body(self, server: uvicorn.Server, framing: bytes) -> None:
+        """The parser does not read that: it is refused, and its body is not taken for another request."""
+        head = b"POST / HTTP/1.1\r\nHost: a\r\n" + _UPGRADE + framing + b"\r\n\r\n"
+        for pieces in ((head + _GET,), (head, _GET)):
+            with _connected(server) as connection:
+                for piece in pieces:
+                    connection.sendall(piece)
+                assert (400, "bad_request") == _refusal(connection)
 
     def test_a_broken_body_is_answered_at_once(self, server: uvicorn.Server) -> None:
         """Whoever reads the body learns that it will not come, and does not answer."""
@@ -322,24 +525,37 @@ class TestRefusals:
                 text += piece
         assert 1 == text.count(b"HTTP/1.1 ")
 
-    def test_the_log_holds_nothing_of_it(self, server: uvicorn.Server, caplog: pytest.LogCaptureFixture) -> None:
-        """A malformed request is a line that says no more than that."""
-        mark = secrets.token_hex(8)
-        with caplog.at_level(logging.DEBUG), _connected(server) as connection:
-            connection.sendall(f"GET /{mark}\r\n{mark}\x00{mark}\r\n\r\n".encode())
-            assert (400, "bad_request") == _refusal(connection)
-        assert caplog.records
-        assert mark not in caplog.text
+    @pytest.mark.parametrize(
+        ("request_", "code"),
+        [
+            (b"GET /\x00\r\n\r\n", "bad_request"),
+            (_CHUNKED.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") + b"evil", "bad_request"),
+            (_CHUNKED.replace(b"\r\n\r\n", b"\r\n" + _UPGRADE + b"\r\n"), "bad_request"),
+            (b"GET /" + b"a" * 30_000, "headers_too_large"),
+            (_POST, "request_timeout"),
+        ],
+    )
+    def test_it_is_counted_and_not_logged(
+        self, server: uvicorn.Server, caplog: pytest.LogCaptureFixture, request_: bytes, code: str
+    ) -> None:
+        """Whoever sends nothing but that fills no log."""
+
+        def refused() -> float:
+            return REGISTRY.get_sample_value("goodstanding_http_refused_total", {"code": code}) or 0.0
+
+        before = refused()
+        with caplog.at_level(logging.DEBUG), capture_logs() as lines, _connected(server) as connection:
+            connection.sendall(request_)
+            assert code == _refusal(connection)[1]
+        assert before + 1 == refused()
+        assert [] == caplog.records
+        assert [] == lines
 
 
 def test_whole_requests_set_no_timer(server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that arrives in one piece costs nothing more: the only timer is the server's own, once an answer."""
-    before = set(server.server_state.connections)
     calls: list[Callable[..., object]] = []
-    with _connected(server) as connection:
-        wait_until(lambda: bool(server.server_state.connections - before))
-        [protocol] = server.server_state.connections - before
-        assert isinstance(protocol, BoundedProtocol)
+    with _observed(server) as (connection, protocol):
         loop, call_later = protocol.loop, protocol.loop.call_later
 
         class Watched:
@@ -355,7 +571,7 @@ def test_whole_requests_set_no_timer(server: uvicorn.Server, monkeypatch: pytest
             connection.sendall(_GET)
             assert 200 == _answer(connection).status
         wait_until(lambda: 10 == len(calls))
-    assert {"timeout_keep_alive_handler"} == {getattr(call, "__name__", "") for call in calls}
+        assert {"timeout_keep_alive_handler"} == {getattr(call, "__name__", "") for call in calls}
 
 
 def test_a_server_whose_insides_differ_takes_its_own_way(

@@ -1,18 +1,22 @@
 """The server's HTTP protocol with the fast lane in it: what happens below ASGI."""
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPResponse
+from typing import Any
 
 import pytest
 
-from goodstanding import http_protocol
+from goodstanding import http_bounds, http_protocol
 from goodstanding.data import UserId
 from goodstanding.embedded import Postgres, Valkey
-from tests.serving import GONE, SINGLE, Backend, RawAnswer, bearer, open_backend
+from goodstanding.fast_lane import Asked, FastLane
+from tests.serving import GONE, SINGLE, Backend, RawAnswer, bearer, open_backend, wait_until
 from tests.ways import Three, comparable, people_of, three_ways
 
 
@@ -64,6 +68,48 @@ class TestProtocol:
         texts = _pipelined(three.urls["protocol"], [people["gold"]] * 10_000, headers)
         assert 10_000 == len(texts)
         assert {body} == set(texts)
+
+    def test_what_comes_during_a_look_waits(
+        self, three: Three, people: dict[str, UserId], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No more of it is read than one piece, and all is answered in order."""
+        headers = bearer()
+        three.warm(people["gold"], headers)
+        three.get("repeated", people["gold"], headers)
+        order = [GONE, *[people["gold"]] * 4000]
+        alone = {user: three.get("protocol", user, headers).body for user in set(order)}
+        looks: list[Any] = []
+        with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+
+            def look(_lane: FastLane, _user: str, _asked: Asked, tell: object) -> bool:
+                looks.append(tell)
+                return True
+
+            patch.setattr(FastLane, "look", look)
+            texts = pool.submit(_pipelined, three.urls["protocol"], order, headers, apart=True)
+            wait_until(lambda: bool(looks))
+            [tell] = looks
+            protocol = tell.func.__self__
+            wait_until(lambda: len(protocol._held) > 1000)  # noqa: SLF001 - nothing else tells
+            patch.undo()
+            assert not protocol.transport.is_reading()
+            assert len(protocol._held) < 300_000  # noqa: SLF001 - nothing else tells
+            protocol.loop.call_soon_threadsafe(tell, None, None)
+            assert [alone[user] for user in order] == texts.result(60)
+
+    def test_a_request_that_begins_together_with_a_hit(
+        self, three: Three, people: dict[str, UserId], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its time counts from its first byte, and the connection is not idle meanwhile."""
+        monkeypatch.setattr(http_bounds, "_REQUEST_SECONDS", 0.3)
+        headers = bearer()
+        three.warm(people["gold"], headers)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        request = f"GET {SINGLE.format(people['gold'])} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode()
+        with _connected(three.urls["protocol"]) as connection, connection.makefile("rb") as stream:
+            connection.sendall(request + b"G")
+            text = stream.read()
+        assert [b"200", b"408"] == re.findall(rb"HTTP/1.1 (\d+)", text)
 
     def test_a_request_that_is_known_may_come_in_pieces(self, three: Three, people: dict[str, UserId]) -> None:
         """Its bytes are only looked up whole; whatever comes in pieces is parsed."""
@@ -117,13 +163,16 @@ def _connected(url: str) -> Iterator[socket.socket]:
         yield connection
 
 
-def _pipelined(url: str, users: list[str], headers: Mapping[str, str]) -> list[bytes]:
-    """Send all requests before anything is read; gives the bodies."""
+def _pipelined(url: str, users: list[str], headers: Mapping[str, str], *, apart: bool = False) -> list[bytes]:
+    """Send all requests before anything is read, the first `apart` from the others if need be; gives the bodies."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    requests = b"".join(f"GET {SINGLE.format(user)} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode() for user in users)
+    requests = [f"GET {SINGLE.format(user)} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode() for user in users]
     bodies: list[bytes] = []
     with _connected(url) as connection:
-        sender = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)
+        if apart:
+            connection.sendall(requests.pop(0))
+            time.sleep(0.1)
+        sender = threading.Thread(target=connection.sendall, args=(b"".join(requests),), daemon=True)
         sender.start()
         stream = connection.makefile("rb")
         for _ in users:

@@ -195,6 +195,21 @@ def test_a_route_that_somebody_adds_keeps_the_form(backend: Backend) -> None:
         check_problem(client.get("/more?number=0"), 409, "bad_request", never="evil")
 
 
+def test_the_openapi_document_is_written_once(backend: Backend) -> None:
+    """It is the framework's, byte for byte, and whoever asks for it again gets what was written then."""
+    app = goodstanding.create_app(backend.settings())
+    with client_of(app) as client:
+        assert JSONResponse(app.openapi()).body == client.get("/openapi.json").content
+        expected = client.get("/openapi.json")
+        app.openapi_schema = {"openapi": "another"}
+        again = client.get("/openapi.json")
+    assert expected.content == again.content
+    assert "application/json" == again.headers["content-type"]
+    app.root_path = "/below"
+    with client_of(app) as client:
+        assert {"openapi": "another", "servers": [{"url": "/below"}]} == client.get("/openapi.json").json()
+
+
 class TestModuleAttribute:
     """`goodstanding.main:app`, for any ASGI server."""
 

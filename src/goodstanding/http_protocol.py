@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from goodstanding.fast_lane import LENGTH, LOOK, START, Asked, FastLane, Ready
-from goodstanding.http_bounds import BoundedProtocol
+from goodstanding.http_bounds import MOST_HEAD, BoundedProtocol
 from goodstanding.reputation_service import Look
 
 _START: Final = START.encode()
@@ -28,7 +28,6 @@ _USED: Final = (
 _SET_LATER: Final = frozenset({"headers", "scope", "url"})
 """These the server gives to a connection when a request begins."""
 
-_MOST_EARLY: Final = 64 * 1024
 _ELSEWHERE: Final = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 
 
@@ -38,27 +37,23 @@ class HotProtocol(BoundedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the server gives
         super().__init__(*args, **kwargs)
         lane = getattr(self.app, "lane", None)
-        known = all(hasattr(self, name) for name in _USED) and _names_in(super().on_message_begin) >= _SET_LATER
+        named = _names_in(HttpToolsProtocol.on_message_begin)
+        known = self._bounded and all(hasattr(self, name) for name in _USED) and named >= _SET_LATER
         self._lane: FastLane | None = lane if known and isinstance(lane, FastLane) else None
         self._answered = False
         self._asked: Asked | None = None
         self._waiting: bytes | None = None
-        self._early = b""
         self._look: Look | None = None
-        self._stopping = False
         self._headers: list[tuple[bytes, bytes]] = []
         self._lines = b""
         self._rested = float("-inf")
-        self._begun = 0
-        self._completed = 0
 
     def data_received(self, data: bytes) -> None:
         """Answer a request that is known by its bytes: at once, or after a look into the cache."""
         lane, begun = self._lane, self._begun
         if self._waiting is not None:
-            self._early += data
-            if len(self._early) > _MOST_EARLY:
-                self.flow.pause_reading()
+            self._held += data
+            self._hold()
             return
         if lane is None or begun != self._completed or not data.startswith(_GET):
             super().data_received(data)
@@ -89,7 +84,7 @@ class HotProtocol(BoundedProtocol):
     def _looked(self, lane: FastLane, asked: Asked, began: float, ready: Ready | None, look: Look | None) -> None:
         """Answer what was looked for, or let the application do it with what was seen."""
         data, self._waiting = self._waiting, None
-        early, self._early = self._early, b""
+        early, self._held = self._held, bytearray()
         if data is None or self.transport.is_closing():
             return
         if ready is not None and not self._stopping:
@@ -97,11 +92,13 @@ class HotProtocol(BoundedProtocol):
             self._rest()
         else:
             self._look = look
-            super().data_received(data)
+            self._parse(data)
             self._look = None
         if early:
-            self.flow.resume_reading()
-            self.data_received(early)
+            self._release()
+            self.data_received(bytes(early))
+        else:
+            self._see_to_the_end()
         if self._stopping:
             self.shutdown()
 
@@ -111,26 +108,21 @@ class HotProtocol(BoundedProtocol):
         if self._waiting is None:
             super().shutdown()
 
-    def on_message_begin(self) -> None:
-        """Count what was begun."""
-        self._begun += 1
-        super().on_message_begin()
-
     def on_headers_complete(self) -> None:
         """Answer at once what the fast lane remembers."""
         if self._look is not None:
             self.scope[LOOK] = self._look  # type: ignore[typeddict-unknown-key] # an application's own
         elif (lane := self._lane) is not None and len(self.url) == LENGTH and self.url.startswith(_START):
             # A head that may be too large is measured first.
-            self._answered = not self._in_pieces and self._hit(lane)
+            self._answered = self._parsed <= MOST_HEAD and self._hit(lane)
         if not self._answered:
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Go on with the connection's next request."""
-        self._completed += 1
         if self._answered:
             self._answered = False
+            self._completed += 1
             self.on_response_complete()
         else:
             super().on_message_complete()
@@ -139,7 +131,7 @@ class HotProtocol(BoundedProtocol):
         """Tell whether nothing is under way on this connection, the client reads, and nothing was refused."""
         # The server does not say that there may be none.
         cycle: RequestResponseCycle | None = self.cycle
-        return (cycle is None or cycle.response_complete) and not self.flow.write_paused and not self._deaf
+        return (cycle is None or cycle.response_complete) and not self.flow.write_paused and self._refusal is None
 
     def _hit(self, lane: FastLane) -> bool:
         began = time.perf_counter()
@@ -190,6 +182,6 @@ class HotProtocol(BoundedProtocol):
             super().timeout_keep_alive_handler()
 
 
-def _names_in(method: Callable[[], None]) -> frozenset[str]:
+def _names_in(method: Callable[..., object]) -> frozenset[str]:
     """Give the names that a method mentions; none where it is not Python."""
     return frozenset(getattr(getattr(method, "__code__", None), "co_names", ()))

@@ -17,6 +17,7 @@ import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -292,6 +293,19 @@ class Application(FastAPI):
     """A FastAPI application with a fast lane in front of it."""
 
     lane: FastLane
+
+    def setup(self) -> None:
+        """Add the framework's routes; before them one for the OpenAPI document, which they would write at each call."""
+        self.add_route("/openapi.json", self._document, include_in_schema=False)
+        self._documents: dict[str, bytes] = {}
+        super().setup()
+
+    async def _document(self, request: Request) -> Response:
+        root = request.scope.get("root_path", "").rstrip("/")
+        if root not in self._documents:
+            servers = {"servers": [{"url": root}]} if root else {}
+            self._documents[root] = bytes(JSONResponse(self.openapi() | servers).body)
+        return Response(self._documents[root], media_type="application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer by the fast lane, which asks the rest of the application."""

@@ -28,6 +28,12 @@ REQUEST_SECONDS: Final = Histogram(
     ("route", "method", "status", "source"),
     buckets=_SECONDS,
 )
+REQUESTS_REFUSED: Final = Counter(
+    "goodstanding_http_refused_total",
+    "Requests refused before any route saw them whole, by code: bad_request (malformed), headers_too_large, "
+    "payload_too_large, request_timeout.",
+    ("code",),
+)
 CACHE_READS: Final = Counter(
     "goodstanding_cache_reads_total",
     "Reputations looked up in the cache, by result: hit, miss, or away where the cache could not be asked.",
