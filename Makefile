@@ -6,7 +6,7 @@ UV := $(BIN)/uv
 SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage quick live faults cancellation soak simulate fuzz mutation check lint types imports format bench bench-check growth audit sbom alerts clean
+.PHONY: help run test again coverage quick live faults cancellation soak simulate fuzz mutation check lint types imports format bench bench-check growth audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ run: .venv/.ready ## start the demo: PostgreSQL, Valkey, sample data, the API an
 
 test: .venv/.ready ## run every test against a real PostgreSQL and Valkey
 	@$(BIN)/python -m pytest
+
+again: .venv/.ready ## run the tests that failed last
+	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 coverage: .venv/.ready ## the same, and tell which lines no test runs (takes half as long again)
 	@rm -f .coverage .coverage.*
