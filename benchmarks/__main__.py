@@ -16,6 +16,7 @@ from benchmarks.figures import FULL, QUICK, Figure
 from benchmarks.figures import MEASUREMENTS as READS
 from benchmarks.live import live
 from benchmarks.overload import overload
+from benchmarks.processor import processor
 from benchmarks.resources import resources
 from benchmarks.steady import load
 from benchmarks.triggers import long_history, writes
@@ -29,6 +30,7 @@ MEASUREMENTS: Final = {
     "overload": overload,
     "resources": resources,
     "allocations": allocations,
+    "processor": processor,
 }
 _RESULTS: Final = Path(__file__).parent / "results"
 _NOISE: Final = 0.15

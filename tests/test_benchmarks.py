@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 from benchmarks.load import Crowd, get, reads, zipf
+from benchmarks.processor import shares_of
 from benchmarks.spread import Spread
 
 
@@ -55,3 +56,14 @@ def test_a_spread_takes_any_time() -> None:
     assert (4, 4e6) == (spread.number, spread.worst)
     assert 4e6 > spread.quantile(0.75) > 0
     assert 0.0 == Spread().quantile(0.5)
+
+
+def test_a_sample_belongs_to_the_innermost_package_or_to_the_system() -> None:
+    """A system call counts for itself, what is no Python for the package that called it."""
+    stacks = [
+        "main (goodstanding/cli.py:1);run (uvloop/loop.cpython-311.so);data_received (goodstanding/http_protocol.py:60) 6",
+        "run (uvloop/loop.so);data_received (goodstanding/http_protocol.py:60);blake2b (_blake2.so) 4",
+        "_tell (goodstanding/fast_lane.py:280);observe (prometheus_client/metrics.py:667) 2",
+        "run (uvloop/loop.so);uv__read (uvloop/loop.so);__libc_read (libc.so.6) 8",
+    ]
+    assert [("our Python", 50.0), ("system calls", 40.0), ("prometheus-client", 10.0)] == shares_of(stacks)
