@@ -1,6 +1,7 @@
 """Where the processor's time of a hot read goes, by a sampling profiler that also sees what is no Python (py-spy)."""
 
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +33,14 @@ def processor(env: Environment, _effort: Effort) -> list[Figure]:
         file = Path(folder) / "stacks.txt"
         command = ["record", "--native", "--format", "raw", "--rate", str(_RATE), "--duration", str(_SECONDS)]
         profiler = subprocess.Popen(
-            ["py-spy", *command, "--output", str(file), "--pid", str(server.process.pid)],
+            [
+                str(Path(sys.executable).with_name("py-spy")),
+                *command,
+                "--output",
+                str(file),
+                "--pid",
+                str(server.process.pid),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -61,7 +61,7 @@ def test_a_spread_takes_any_time() -> None:
 def test_a_sample_belongs_to_the_innermost_package_or_to_the_system() -> None:
     """A system call counts for itself, what is no Python for the package that called it."""
     stacks = [
-        "main (goodstanding/cli.py:1);run (uvloop/loop.cpython-311.so);data_received (goodstanding/http_protocol.py:60) 6",
+        "main (goodstanding/cli.py:1);run (uvloop/loop.so);data_received (goodstanding/http_protocol.py:60) 6",
         "run (uvloop/loop.so);data_received (goodstanding/http_protocol.py:60);blake2b (_blake2.so) 4",
         "_tell (goodstanding/fast_lane.py:280);observe (prometheus_client/metrics.py:667) 2",
         "run (uvloop/loop.so);uv__read (uvloop/loop.so);__libc_read (libc.so.6) 8",
