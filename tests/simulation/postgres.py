@@ -390,10 +390,9 @@ class Connection:
         self._waiting: asyncio.Future[Any] | None = None
         link.on_lost = self._lost
 
-    @property
-    def is_open(self) -> bool:
-        """Whether anything can be asked."""
-        return self._link.is_open
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return not self._link.is_open
 
     async def fetch(self, sql: str, *args: object, timeout: float | None = None) -> Any:  # noqa: ANN401, ASYNC109 - as asyncpg's
         """Ask, and give the rows."""
@@ -474,7 +473,7 @@ class Pool:
         """Lend a connection, a new one if need be."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_open:
+            if not connection.is_closed():
                 return connection
         return await open_connection(self._process, self._route, self._server)
 
