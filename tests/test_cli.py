@@ -626,25 +626,30 @@ class TestProcess:
         assert told.startswith("goodstanding: GOODSTANDING_DEV_AUTH: ")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("cut", [0, 20])
-    def test_a_process_that_was_stopped_answers_what_came_meanwhile(self, backend: Backend, cut: int) -> None:
+    def test_a_process_that_was_stopped_answers_what_came_meanwhile(self, backend: Backend) -> None:
         """Time that it did not have ends no connection, be it idle or in the middle of a request."""
         port = free_port()
         request = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
         variables = environment_of(backend.settings())
         with command("goodstanding", "serve", "--port", str(port), environment=variables) as process:
             wait_until(lambda: _listens(port))
-            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-                connection.sendall(request)
-                assert 200 == _status(connection)
-                connection.sendall(request[:cut])
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=30) as idle,
+                socket.create_connection(("127.0.0.1", port), timeout=30) as amid,
+            ):
+                for connection, cut in ((idle, 0), (amid, 20)):
+                    connection.sendall(request)
+                    assert 200 == _status(connection)
+                    connection.sendall(request[:cut])
                 time.sleep(0.5)
                 process.send_signal(signal.SIGSTOP)
                 # Longer than an idle connection lives, or a request may take to arrive.
                 time.sleep(9.0)
-                connection.sendall(request[cut:])
+                idle.sendall(request)
+                amid.sendall(request[20:])
                 process.send_signal(signal.SIGCONT)
-                assert 200 == _status(connection)
+                assert 200 == _status(idle)
+                assert 200 == _status(amid)
 
     def test_the_port_is_taken(self, backend: Backend) -> None:
         """A port that somebody else has ends `serve` with a status that is not 0, without a traceback."""

@@ -22,7 +22,6 @@ _SEED = secrets.randbelow(2**31)
 _RATE = 60.0
 _SLICE = (
     "Redis: kill -9",
-    "Redis: READONLY",
     "PostgreSQL: a backend killed",
     "PostgreSQL: disk full for the relay",
     "ours: SIGTERM",
