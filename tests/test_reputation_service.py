@@ -742,6 +742,32 @@ async def test_a_batch_is_one_round_trip_and_at_most_one_query(redis_url: str, d
         assert {} == await service.read_many([])
 
 
+async def test_a_batch_from_memory_is_what_many_reads_give(database: Database) -> None:
+    """All of them are there and none is due: their JSON, counted as hits. Else nothing, and nothing is counted."""
+    users = [*[await database.add_user() for _ in range(3)], stranger()]
+    clock = MovingClock()
+    hits = metric("goodstanding_cache_reads_total", result="hit")
+    async with memory_kit() as kit, open_service(kit.cache, database.service_url, clock=clock) as service:
+        assert service.peek_many(users) is None
+        answers = await service.read_many(users)
+        await settled(service)
+        expected = {user: answer.entry.body or b"null" for user, answer in answers.items()}
+        assert expected == service.peek_many(users)
+        assert b"null" == expected[users[3]]
+        for unknown in (stranger(), users[0].upper(), "", '"'):
+            assert service.peek_many([*users, unknown]) is None
+        clock.ahead = -timedelta(days=1)
+        assert expected == service.peek_many(users)
+        clock.ahead = timedelta(milliseconds=0.79 * LIVES.value)
+        assert expected == service.peek_many(users)
+        assert hits + 3 * len(users) == metric("goodstanding_cache_reads_total", result="hit")
+        clock.ahead = timedelta(milliseconds=0.81 * LIVES.value)
+        assert service.peek_many(users) is None
+        assert {users[3]: b"null"} == service.peek_many(users[3:])
+        assert {} == service.peek_many([])
+        assert hits + 3 * len(users) + 1 == metric("goodstanding_cache_reads_total", result="hit")
+
+
 async def test_batches_and_single_reads_share_their_loads(service: ReputationService, database: Database) -> None:
     """A batch joins the loads under way and starts one for everybody else."""
     one, two, three = [await Truth.of(database, number) for number in (1, 2, 3)]

@@ -94,6 +94,16 @@ class Entry:
         return f"Entry({self.data!r}, {self.computed_at!r})"
 
 
+def peeked(packed: bytes, refreshed: bytes) -> bytes | None:
+    """Read of what `pack` wrote how it is sent; None where it is due: of a known user, and no younger than `refreshed`.
+
+    Moments are compared as they are written, by `timestamp`.
+    """
+    if not packed.startswith(b"{"):
+        return b"null"
+    return packed if packed[_MOMENT] > refreshed else None
+
+
 class Fetched(NamedTuple):
     """What one look into the cache showed: an entry that may be served, and whose lease is out, if any."""
 

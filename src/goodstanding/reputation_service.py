@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from itertools import count
 from random import getrandbits
@@ -15,7 +16,7 @@ from goodstanding.breaker import Breaker, watch
 from goodstanding.cache import Cache
 from goodstanding.calculator import ReputationCalculator
 from goodstanding.data import AtFault, Clock, ReputationData, SessionId, UserId
-from goodstanding.entry import Entry, Fetched, Lives
+from goodstanding.entry import Entry, Fetched, Lives, peeked, timestamp
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError, UserNotFoundError
 from goodstanding.history import SessionHistory
 from goodstanding.metrics import CACHE_FILLS, CACHE_READS, INVALIDATIONS, LOADS, LOADS_REFUSED, STALE_SERVED
@@ -296,6 +297,23 @@ class ReputationService:
     def peek(self, user_id: str) -> bytes | None:
         """Give what is served of a user without asking anybody, if anything is, packed; any text may be asked for."""
         return self._cache.peek(user_id)
+
+    def peek_many(self, user_ids: Sequence[str]) -> Mapping[str, bytes] | None:
+        """Give as JSON what is served of all these users without asking anybody, and count the hits.
+
+        An unknown user is `null`. None: more is to be done about one of them, a look or a refresh. Any text may be
+        asked for.
+        """
+        refreshed = timestamp(self._clock() - timedelta(seconds=self._refresh_from)).encode()
+        bodies = {}
+        for user in user_ids:
+            packed = self._cache.peek(user)
+            body = None if packed is None else peeked(packed, refreshed)
+            if body is None:
+                return None
+            bodies[user] = body
+        _HITS.inc(len(bodies))
+        return bodies
 
     def look(self, user_id: UserId, tell: Callable[[Look | None], None]) -> None:
         """Look a user up in the cache, and tell what it showed, or None where it came to nothing.
