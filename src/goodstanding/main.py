@@ -44,6 +44,9 @@ from goodstanding.tasks import background, check_cancelled
 
 _log = structlog.get_logger("goodstanding")
 _ASK_AGAIN_SECONDS: Final = 1.0
+_GARBAGE: Final = 10_000
+"""So many more objects made than freed let the collector look at the young ones, where Python says 700: hundreds of
+reads under way are as many, and no garbage."""
 
 
 def utc_now() -> datetime:
@@ -366,6 +369,7 @@ def create_served_app(settings: Settings | None = None) -> FastAPI:
     # What the start made lives as long as the process: the collector need not go through it again and again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_GARBAGE)
     return app
 
 
