@@ -41,10 +41,10 @@ live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s 
 	@GOODSTANDING_LIVE=whole $(BIN)/python -m pytest -rP tests/test_live.py
 
 faults: .venv/.ready ## break every server in every way, under load, and print what held (ten minutes)
-	@$(BIN)/python -m tests.faults
+	@$(BIN)/python -m tests.faults --report docs/reference/faults.md
 
 cancellation: .venv/.ready ## send requests of which a third vanish, and look for what they left (REQUESTS=1000000)
-	@$(BIN)/python -m tests.faults.cancellation --requests $(or $(REQUESTS),1000000)
+	@$(BIN)/python -m tests.faults.cancellation --requests $(or $(REQUESTS),1000000) --report docs/reference/cancellation.md
 
 soak: .venv/.ready ## an hour of load, and a fault every minute (MINUTES=60)
 	@$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --report docs/reference/soak.md
