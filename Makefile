@@ -34,7 +34,7 @@ coverage: .venv/.ready ## the same, and tell which lines no test runs (takes hal
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
-quick: .venv/.ready ## run the tests that take seconds, without coverage
+quick: .venv/.ready ## run the tests that take seconds
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 live: .venv/.ready ## put a fleet under writes and every fault, outages of 30 s among them (ten minutes)

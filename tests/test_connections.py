@@ -61,6 +61,20 @@ async def test_one_connection_serves_everybody_where_no_other_can_be_had(databas
             await superuser.execute("alter role app_login connection limit -1")
 
 
+async def test_a_refusal_is_not_the_end_of_trying(database: Database) -> None:
+    """Who waits while the open ones stay lent gets another one once PostgreSQL gives it."""
+    async with connect(database.superuser_url) as superuser, opened(database.service_url) as connections:
+        lent = await connections.acquire()
+        await superuser.execute("alter role app_login connection limit 1")
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(ask(connections))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            await superuser.execute("alter role app_login connection limit -1")
+        assert 1 == waiting.result()
+        connections.give_back(lent)
+
+
 async def test_what_one_connection_carries_opens_no_other(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is given another connection before he has waited for a while for one that is open."""
     monkeypatch.setattr("goodstanding.connections._PATIENCE_SECONDS", SECONDS)

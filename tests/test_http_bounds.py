@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from goodstanding import http_bounds
+from goodstanding import api, http_bounds
 from goodstanding.http_bounds import MOST_HEAD, MOST_MESSAGE, BoundedProtocol
 from tests.serving import RawAnswer, raw_exchange, wait_until
 
@@ -33,6 +33,8 @@ _LEAST: Final = b"GET / HTTP/1.1\r\n\r\n"
 _UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: h2c\r\n"
 _STATUS: Final = re.compile(rb"HTTP/1.1 (\d+)")
 _REQUEST_SECONDS: Final = 0.6
+_PATIENCE: Final = (http_bounds._REQUEST_SECONDS + http_bounds._LINGER_SECONDS, api._BODY_SECONDS)
+"""As `serve` has it: the tests here have less."""
 _BIG_BYTES: Final = 8 << 20
 
 
@@ -184,6 +186,11 @@ def _dripping(connection: socket.socket, piece: bytes) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(30)
+
+
+def test_a_slow_request_ends_within_ten_seconds() -> None:
+    """What is tested here with less patience ends in time with as much as `serve` has."""
+    assert all(5 <= seconds < 10 for seconds in _PATIENCE)
 
 
 class TestTime:

@@ -12,7 +12,7 @@ import pytest
 
 from goodstanding.embedded import Postgres
 from goodstanding.errors import ConfigurationError, TemporarilyUnavailableError
-from goodstanding.migrate import COVERING_INDEXES, MIGRATIONS, applied_versions, downgrade, plan, upgrade
+from goodstanding.migrate import COVERING_INDEXES, MIGRATIONS, downgrade, plan, upgrade
 
 from .conftest import OWNER, Database, command, connect
 
@@ -73,9 +73,9 @@ async def login(database: Database, attributes: str) -> AsyncIterator[str]:
 async def test_the_owner_who_is_no_superuser_can_install(bare_database: Database) -> None:
     """CREATEROLE and the ownership of the tables are enough; every step is told."""
     told: list[str] = []
-    assert frozenset() == await applied_versions(bare_database.owner_url)
     await upgrade(bare_database.owner_url, report=told.append)
-    assert frozenset({1, 2}) == await applied_versions(bare_database.owner_url)
+    async with connect(bare_database.owner_url) as owner:
+        assert [1, 2] == [version for (version,) in await owner.fetch("select version from reputation.migrations")]
     assert [
         "applied 0001 sessions",
         "applied 0002 changes",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import asyncpg
 
 from goodstanding.cache import RedisCache
+from goodstanding.connections import OUTAGES
 from goodstanding.data import Clock, UserId
 from goodstanding.errors import CacheAwayError
 from goodstanding.metrics import BROADCAST_LISTENERS
@@ -40,7 +41,6 @@ _CHECK_SECONDS: Final = 0.5
 _UNHEARD_CHECKS: Final = 10
 _CONNECT_SECONDS: Final = 1.0
 _USERS_A_MESSAGE: Final = 200
-_OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
 _BEAT: Final = re.compile(r"([0-9]{1,19}) ([0-9]{1,19})", re.ASCII)
 _NOTIFY: Final = "select pg_notify($1::text, message) from unnest($2::text[]) as message"
 
@@ -189,14 +189,14 @@ class Announcer:
                 raise CacheAwayError
             try:
                 await notify(self._connection, *messages(users))
-            except _OUTAGES as error:
+            except OUTAGES as error:
                 raise CacheAwayError from error
 
     async def hear(self, broadcast: Broadcast, database_url: str) -> None:
         """Listen until cancelled, over a connection made anew whenever it was lost."""
         while True:
             check_cancelled()
-            with suppress(*_OUTAGES):
+            with suppress(*OUTAGES):
                 await self._hear(broadcast, database_url)
             await asyncio.sleep(_AGAIN_SECONDS)
 

@@ -17,6 +17,7 @@ import structlog
 from goodstanding import tallies
 from goodstanding.broadcast import beat, lead, messages, notify
 from goodstanding.cache import RedisCache
+from goodstanding.connections import OUTAGES
 from goodstanding.data import Clock, UserId
 from goodstanding.errors import CacheAwayError, TemporarilyUnavailableError
 from goodstanding.metrics import CHANGE_SECONDS, CHANGES_FOLDED, RELAY_FAILURES, RELAY_LEADING, USERS_RECOUNTED
@@ -30,7 +31,6 @@ BEAT_SECONDS: Final = 0.25
 _LATE_SECONDS: Final = 0.4
 
 _log = structlog.get_logger("goodstanding")
-_OUTAGES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, RuntimeError)
 _BATCH: Final = 2000
 _USERS_A_RECOUNT: Final = 100
 _RECOUNT_TAKES: Final = 0.25
@@ -180,12 +180,12 @@ class SessionLedger:
             connection = await asyncpg.connect(
                 database_url, timeout=_CONNECT_SECONDS, command_timeout=_DEADLINE_SECONDS, statement_cache_size=100
             )
-        except _OUTAGES as error:
+        except OUTAGES as error:
             raise TemporarilyUnavailableError from error
         try:
             await connection.execute(_IDLE)
             yield cls(connection)
-        except _OUTAGES as error:
+        except OUTAGES as error:
             raise TemporarilyUnavailableError from error
         finally:
             # Not in order: a server that hangs is not waited for, and the lead ends with the connection all the same.

@@ -147,6 +147,8 @@ class Connections:
             self._open_again = asyncio.get_running_loop().time() + _AGAIN_SECONDS
             while not self._open and (mine := self._next()) is not None:
                 mine.set_exception(error)
+            # Whoever waits is not left to those who may keep theirs for long.
+            self._grow()
         except BaseException:
             self._opening -= 1
             raise

@@ -330,7 +330,7 @@ def _netloc(origin: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _HostApp:
-    """What the host app does: it writes its rows, then tells the service whose reputation may have changed."""
+    """What the host app does: it writes its rows, and has support's verdicts recorded."""
 
     pool: "_Pool"
     service: ReputationService
@@ -354,8 +354,6 @@ class _HostApp:
         user_is = AtFault.USER1 if match["is_user1"] else AtFault.USER2
         if event is Event.CANCEL_THEIR_FAULT:
             await self.service.attribute(session_id, user_is, reason="Cancelled at the last minute.", said_by="demo")
-        else:
-            await self.service.invalidate([user_id, UserId(match["partner_id"])])
         return WrittenResponse(
             session_id=session_id,
             status=after.status,

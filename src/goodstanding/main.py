@@ -45,8 +45,8 @@ from goodstanding.tasks import background, check_cancelled
 _log = structlog.get_logger("goodstanding")
 _ASK_AGAIN_SECONDS: Final = 1.0
 _GARBAGE: Final = 10_000
-"""So many more objects made than freed let the collector look at the young ones, where Python says 700: hundreds of
-reads under way are as many, and no garbage."""
+"""So many more objects made than freed let the collector look at the young ones, where Python 3.11 says 700: hundreds
+of reads under way are as many, and no garbage."""
 
 
 def utc_now() -> datetime:

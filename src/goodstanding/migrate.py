@@ -157,12 +157,6 @@ async def downgrade(database_url: str, *, report: Report | None = None) -> None:
     say("nothing of Goodstanding is left in the database")
 
 
-async def applied_versions(database_url: str) -> frozenset[int]:
-    """Give the versions that the database has; none when it was never migrated."""
-    async with connected(database_url, silent) as connection, connection.transaction():
-        return await _applied(connection)
-
-
 async def _applied(connection: "Connection") -> frozenset[int]:
     if not await connection.fetchval(_INSTALLED):
         return frozenset()

@@ -394,7 +394,7 @@ class Subscribers:
 
     async def _look_after(self) -> None:
         loop = asyncio.get_running_loop()
-        renewed = mistrusted = loop.time()
+        renewed = loop.time()
         fresh, keys = True, self._keys()
         while True:
             await asyncio.sleep(self._timing.look)
@@ -407,9 +407,9 @@ class Subscribers:
             STREAM_EVENTS.inc(self.events)
             self.events = 0
             was_fresh, fresh = fresh, self._fresh()
-            mistrusts = not fresh and (was_fresh or now - mistrusted >= self._timing.mistrust)
+            mistrusts = not fresh and (was_fresh or now - renewed >= self._timing.mistrust)
             if mistrusts or (fresh and not was_fresh) or now - renewed >= self._timing.renewal:
-                renewed = mistrusted = now
+                renewed = now
                 self.changed(None)
             check_cancelled()
 

@@ -166,7 +166,8 @@ async def verify(database_url: str, *, report: Report | None = None) -> Verifica
     """
     say = report or silent
     users = 0
-    differing: list[UserId] = []
+    differing = 0
+    named: list[UserId] = []
     async with (
         connected(database_url, say) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
@@ -177,17 +178,19 @@ async def verify(database_url: str, *, report: Report | None = None) -> Verifica
         total = await connection.fetchval(QUERIES["how_many"])
         rows: Sequence[asyncpg.Record] = ()
         told = time.monotonic()
-        while users == 0 or rows:
+        while True:
             last = rows[-1]["user_id"] if rows else None
             rows = await connection.fetch(QUERIES["compare"], last, _COMPARED, *meaning)
             if not rows:
                 break
             users += len(rows)
-            differing += [UserId(str(row["user_id"])) for row in rows if row["differs"]]
+            found = [row for row in rows if row["differs"]]
+            differing += len(found)
+            named += [UserId(str(row["user_id"])) for row in found[: MOST_NAMED - len(named)]]
             if time.monotonic() - told >= _PROGRESS_SECONDS:
                 told = time.monotonic()
                 say(f"compared {users} of {total} users")
-    return Verification(users, len(differing), tuple(differing[:MOST_NAMED]))
+    return Verification(users, differing, tuple(named))
 
 
 async def _require_triggers(connection: "_Connection", policy: ReputationPolicy) -> None:

@@ -1,4 +1,4 @@
--- What keeps the tallies, by name. The first four are the service's; the others need the tables' owner.
+-- What keeps the tallies, by name. The first three are the service's, `led` is anybody's; the others need the tables' owner.
 
 -- name: pending
 -- Whether a change waits to be folded; cheap enough to ask many times a second.
