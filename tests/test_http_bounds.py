@@ -33,7 +33,7 @@ _LEAST: Final = b"GET / HTTP/1.1\r\n\r\n"
 _UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: h2c\r\n"
 _STATUS: Final = re.compile(rb"HTTP/1.1 (\d+)")
 _REQUEST_SECONDS: Final = 0.6
-_PATIENCE: Final = (http_bounds._REQUEST_SECONDS + http_bounds._LINGER_SECONDS, api._BODY_SECONDS)
+_PATIENCE: Final = (http_bounds._REQUEST_SECONDS + http_bounds._LINGER_SECONDS, api._BODY_SECONDS)  # noqa: SLF001 - told to nobody
 """As `serve` has it: the tests here have less."""
 _BIG_BYTES: Final = 8 << 20
 
