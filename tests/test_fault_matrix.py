@@ -4,7 +4,9 @@
 """
 
 import secrets
+import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -79,6 +81,34 @@ async def test_a_process_that_drops_what_is_under_way_when_it_is_ended_is_found(
     row = await run(_BY_NAME["ours: SIGTERM"], made, timed=False)
     assert any(" dropped it: " in line for line in row.wrong)
     assert all(" dropped it: " in line for line in row.wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_wrong_answer_is_not_forgiven_because_the_harness_was_late(
+    made: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another attempt would be without the bug, there is none: the row ends with the wrong answer."""
+    one = made.served[1]
+    programs = iter([changed_program("mixed")])
+
+    @asynccontextmanager
+    async def mixed_up_and_late(_scene: Scene) -> AsyncIterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(one, "program", next(programs, one.program))
+            await one.kill()
+            await one.start()
+        time.sleep(0.5)  # noqa: ASYNC251 - this loop is to be late
+        try:
+            yield
+        finally:
+            await one.kill()
+            await one.start()
+
+    row = await run(replace(ORDINARY, strike=mixed_up_and_late, seconds=2.0, alone=1, silent=True), made)
+    assert row.lag > 0.1
+    assert any("the answer of " in line for line in row.wrong)
+    assert row.attempts == 1
 
 
 def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:

@@ -92,6 +92,8 @@ class Row:
     pressed: float = 0.0
     """The share of the time in which somebody on this machine waited for a processor."""
     wrong: list[str] = field(default_factory=list)
+    certain: bool = False
+    """Whether some of what is wrong is a wrong answer, or an error in a log: nobody's lateness makes or excuses one."""
     late: list[str] = field(default_factory=list)
     """What a busy machine may be to blame for."""
     attempts: int = 1
@@ -107,7 +109,10 @@ class Row:
 
 
 async def run(fault: Fault, scene: Scene, *, timed: bool = True) -> Row:
-    """Run a fault; again where only times were missed, if they matter, or this process itself did not get to run."""
+    """Run a fault; again where only times were missed, if they matter, or this process itself did not get to run.
+
+    What came in spite of that, a wrong answer above all, is the row's end: no later attempt takes it back.
+    """
     try:
         return await _attempts(fault, scene, timed=timed)
     except Exception as error:  # noqa: BLE001 - told in the row
@@ -118,7 +123,7 @@ async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
     row = await _run(fault, scene)
     # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
     most = 1 if fault.once else _ATTEMPTS
-    while not row.kept and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
+    while not row.kept and not row.certain and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
         missed = [*before.wrong, *before.late]
@@ -199,6 +204,8 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
             outages += one.source != "bypass"
         elif wrong:
             row.wrong.append(f"{what}: {wrong}")
+            # One that did not come may be the fault of whoever waited for it too late.
+            row.certain |= one.status != 0
         if one.status and one.seconds > (allowed.waits if one.source != "hit" or alone(one) else ANSWERABLE):
             row.late.append(f"{what} after {one.seconds:.3f} s")
     row.stalest = max((one.finding.behind for one in seen if not one.old), default=0.0)
@@ -252,6 +259,7 @@ def _judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
             level, _, event = line.partition(" ")
             if level in {"error", "critical", "unstructured"}:
                 row.wrong.append(f"process {process} logged {line}")
+                row.certain = True
             if level == "warning":
                 told[event] = max(told[event], times)
             if event.startswith(("dependency_away", "dependency_back", "rate_limits")) and times > row.fault.flaps:

@@ -117,6 +117,7 @@ CHANGED: Final[dict[str, Callable[[], None]]] = {
     "clock": _move_the_clock,
     "bugs": _plant_bugs,
     "abrupt": _end_at_once,
+    "mixed": _mix_people_up,
 }
 
 if __name__ == "__main__":
