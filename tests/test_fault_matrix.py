@@ -3,6 +3,7 @@
 `make faults` runs all of it, `make cancellation` the requests that vanish, `make soak` the hour.
 """
 
+import random
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -133,6 +134,14 @@ def test_a_soak_sees_what_grows() -> None:
     assert [] == found(0.0, 0.0)
     assert ["process 0 grew from 84.3 to 88.8 MB"] == found(0.15, 0.0)
     assert ["process 0 had 32 file descriptors, and has 42"] == found(0.0, 0.2)
+
+
+def test_an_hour_of_soak_sees_every_fault() -> None:
+    """Each comes once before any comes again: that can be borne without a restart, on the plain stage."""
+    names = [fault.name for fault in soak.drawn(60, random.Random(_SEED))]  # noqa: S311 - repeatable
+    borne = {fault.name for fault in FAULTS if fault.stage == "plain"} - {"ours: SIGTERM", "ours: kill -9"}
+    assert borne == set(names[: len(borne)])
+    assert len(names) == 60
 
 
 def _told(completed: int, no_shows: int, **changed: object) -> dict[str, object]:
