@@ -161,7 +161,10 @@ async def loading(scene: Scene) -> AsyncIterator[None]:
 
 async def _flush(client: "redis.asyncio.Redis") -> None:
     """Flush it, and see in the same transaction, before anything is filled again, that it is empty."""
-    _, keys = await client.pipeline(transaction=True).flushall().dbsize().execute()
+    pipeline = client.pipeline(transaction=True)
+    pipeline.flushall()
+    pipeline.dbsize()
+    _, keys = await pipeline.execute()
     assert keys == 0
 
 
