@@ -63,6 +63,26 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    ("bug", "found"),
+    [("lease kept", " leases were not given up"), ("connection kept", "process 0 did not run 10 loads")],
+)
+async def test_what_is_left_behind_is_found(made: Scene, monkeypatch: pytest.MonkeyPatch, bug: str, found: str) -> None:
+    """Every other load keeps its lease, or one keeps its connection to PostgreSQL: nothing else is found."""
+    one = made.served[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "program", changed_program(bug))
+        await one.kill()
+        await one.start()
+    outcome = await cancellation.run(made, 1500)
+    await one.kill()
+    await one.start()
+    assert outcome.wrong
+    assert all(found in line for line in outcome.wrong)
+
+
+@pytest.mark.slow
 async def test_planted_bugs_are_found(tmp_path: Path) -> None:
     """Somebody else's answer, one that no change drops, an error, a delay, none at all, now and then: each is seen."""
     async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
