@@ -6,6 +6,7 @@
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,8 +17,9 @@ import pytest
 import pytest_asyncio
 
 from tests.faults import cancellation, soak
-from tests.faults.matrix import ORDINARY, run
-from tests.faults.oracle import Oracle, Person
+from tests.faults.load import Seen
+from tests.faults.matrix import ORDINARY, Row, judge_answers, judge_logs, run
+from tests.faults.oracle import Finding, Oracle, Person
 from tests.faults.rows import FAULTS
 from tests.faults.scene import STAGES, Scene, changed_program, scene
 
@@ -133,6 +135,56 @@ async def test_a_wrong_answer_is_not_forgiven_because_the_harness_was_late(
     assert row.lag > 0.1
     assert any("the answer of " in line for line in row.wrong)
     assert row.attempts == 1
+
+
+_CALM_ANSWERS = [
+    Seen(-1.0, 0.01, 0, "single", 200, source, retried=False, finding=Finding())
+    for source in ("hit", "miss", "request")
+    for _ in range(200)
+]
+
+
+def test_no_outage_is_excused_that_nothing_explains() -> None:
+    """One 503 is wrong where none is allowed, unless the machine was busy, and then seven of six hundred are."""
+
+    def found(seen: Seen, times: int = 1, **measured: float) -> Row:
+        row = Row(ORDINARY)
+        for name, value in measured.items():
+            setattr(row, name, value)
+        judge_answers(row, [*_CALM_ANSWERS, *[seen] * times], 0.0)
+        assert row.late or row.wrong
+        return row
+
+    refused = replace(_CALM_ANSWERS[0], status=503, source="")
+    stale = replace(_CALM_ANSWERS[0], source="stale")
+    for outage in (refused, stale):
+        assert found(outage).wrong
+        assert not found(outage, lag=0.2).wrong
+        assert not found(outage, pressed=0.9).wrong
+        assert found(outage, 7, lag=0.2).wrong
+        assert not found(outage).certain
+    assert not found(replace(_CALM_ANSWERS[0], source="bypass")).wrong
+    crossed = Finding("the answer of somebody else")
+    for source in ("hit", "stale", "bypass"):
+        assert found(replace(_CALM_ANSWERS[0], source=source, finding=crossed), lag=0.2).certain
+    assert found(replace(_CALM_ANSWERS[0], status=500, source=""), lag=0.2).certain
+    assert not found(replace(_CALM_ANSWERS[0], status=0, source="", finding=Finding("hangs")), lag=0.2).certain
+
+
+def test_a_warning_comes_once() -> None:
+    """Whatever it is of, each cause by itself; an error is wrong at once."""
+
+    def wrong(*lines: str) -> list[str]:
+        row = Row(ORDINARY)
+        judge_logs(row, [Counter(lines)])
+        return row.wrong
+
+    once = ("warning relay_interrupted OSError", "warning relay_interrupted TimeoutError", "warning http_unbounded")
+    assert [] == wrong(*once)
+    for line in (*once, "warning jwks_unavailable", "info dependency_back redis"):
+        assert [f"process 0 logged 2 times {line}"] == wrong(line, line)
+    assert [] == wrong("info relay_leads", "info relay_leads")
+    assert ["process 0 logged error relay_failed"] == wrong("error relay_failed")
 
 
 def test_every_fault_has_a_stage_and_a_name_of_its_own() -> None:

@@ -176,13 +176,13 @@ async def _run(fault: Fault, scene: Scene) -> Row:
     row.pressed = (_pressure() - pressure) / (load.now - began)
     if len(seen) < _STEADY * load.rate * (ended - began):
         row.late.append(f"{len(seen)} requests in {ended - began:.1f} s are no steady load")
-    _judge_answers(row, seen, mended)
+    judge_answers(row, seen, mended)
     _judge_slowness(row, [one for one in seen if struck <= one.asked and one.asked + one.seconds < mended])
     degraded = max((one.asked - mended for one in seen if not one.whole), default=0.0)
     row.recovered = max(ready - mended, degraded)
     if row.recovered > fault.recovery:
         row.late.append(f"recovered after {row.recovered:.2f} s")
-    _judge_logs(row, scene.said(logged))
+    judge_logs(row, scene.said(logged))
     _judge_metrics(row, before, held, await scene.metrics())
     return row
 
@@ -196,7 +196,8 @@ async def _ready(row: Row, scene: Scene) -> float:
     return scene.load.now
 
 
-def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
+def judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
+    """Note in a row what became of each request; it was mended at a moment of the load's clock."""
     row.answers = len(seen)
     row.retried = sum(one.retried for one in seen)
     excused: list[str] = []
@@ -274,7 +275,8 @@ def _pressure() -> float:
         return 0.0
 
 
-def _judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
+def judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
+    """Note in a row what the processes have said that they should not have, and the other way round."""
     told: Counter[str] = Counter()
     for process, lines in enumerate(said):
         for line, times in lines.items():
