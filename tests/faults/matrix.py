@@ -25,6 +25,8 @@ _EXCUSED: Final = 0.01
 """Of all answers so many at most may be refused or stale for no reason but a busy machine that missed a deadline."""
 _LAG: Final = 0.1
 """A measurement by a loop that was so late, in seconds, is repeated."""
+_PRESSED: Final = 0.8
+"""Where somebody waited for a processor for more of the time, or this loop was late, the machine was busy."""
 _ATTEMPTS: Final = 3
 
 
@@ -37,7 +39,8 @@ class Fault:
     `statuses`: besides 200 and 404. `sources`: besides hit, miss and request.
     `shows`: what must have been seen, or nothing was broken: sources, or statuses.
     `waits`: within so many seconds comes an answer that is not from a cache; hits within ANSWERABLE.
-    `meters`: metrics that must have risen. `alone`: the process that is itself broken. It alone is excused by all of
+    `meters`: metrics that must have risen. `slows`: so many seconds every answer past the cache takes at least, or
+    nothing was broken. `alone`: the process that is itself broken. It alone is excused by all of
     this, hits as well; `silent`: by giving no answer, too. For the other one it is an ordinary day.
     `refuses`: the share of the answers that may be 503.
     `once`: what is broken stays so, and no attempt follows the first.
@@ -52,6 +55,7 @@ class Fault:
     shows: frozenset[str] = frozenset()
     waits: float = ANSWERABLE
     meters: Sequence[str] = ()
+    slows: float = 0.0
     recovery: float = RECOVERY
     alone: int | None = None
     silent: bool = False
@@ -92,6 +96,8 @@ class Row:
     pressed: float = 0.0
     """The share of the time in which somebody on this machine waited for a processor."""
     wrong: list[str] = field(default_factory=list)
+    certain: bool = False
+    """Whether some of what is wrong is a wrong answer, or an error in a log: nobody's lateness makes or excuses one."""
     late: list[str] = field(default_factory=list)
     """What a busy machine may be to blame for."""
     attempts: int = 1
@@ -101,13 +107,21 @@ class Row:
     """Whether it could not be run to its end, so that nothing can be run after it on the same scene."""
 
     @property
+    def busy(self) -> bool:
+        """Whether the machine may have made others miss a deadline."""
+        return self.lag > _LAG or self.pressed > _PRESSED
+
+    @property
     def kept(self) -> bool:
         """Whether everything held."""
         return not self.wrong and not self.late
 
 
 async def run(fault: Fault, scene: Scene, *, timed: bool = True) -> Row:
-    """Run a fault; again where only times were missed, if they matter, or this process itself did not get to run."""
+    """Run a fault; again where only times were missed, if they matter, or this process itself did not get to run.
+
+    What came in spite of that, a wrong answer above all, is the row's end: no later attempt takes it back.
+    """
     try:
         return await _attempts(fault, scene, timed=timed)
     except Exception as error:  # noqa: BLE001 - told in the row
@@ -118,7 +132,7 @@ async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
     row = await _run(fault, scene)
     # Times are missed on a busy machine, and whoever stops this process too leaves nothing to be judged.
     most = 1 if fault.once else _ATTEMPTS
-    while not row.kept and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
+    while not row.kept and not row.certain and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
         missed = [*before.wrong, *before.late]
@@ -141,7 +155,7 @@ async def _run(fault: Fault, scene: Scene) -> Row:
     mended = ready = began
     held, pressure = before, _pressure()
     async with fault.strike(scene):
-        mended = load.now
+        struck = mended = load.now
         if fault.heals:
             ready = await _ready(row, scene)
         await asyncio.sleep(max(0.0, mended + fault.seconds - load.now))
@@ -149,6 +163,9 @@ async def _run(fault: Fault, scene: Scene) -> Row:
             held = await scene.metrics()
     if not fault.heals:
         mended = load.now
+        if fault.alone is not None:
+            # PostgreSQL was never away: whoever was itself broken finds it at once.
+            load.stale_allowed = frozenset()
         ready = await _ready(row, scene)
     await asyncio.sleep(max(0.0, mended + fault.recovery - load.now))
     load.stale_allowed = frozenset()
@@ -159,12 +176,13 @@ async def _run(fault: Fault, scene: Scene) -> Row:
     row.pressed = (_pressure() - pressure) / (load.now - began)
     if len(seen) < _STEADY * load.rate * (ended - began):
         row.late.append(f"{len(seen)} requests in {ended - began:.1f} s are no steady load")
-    _judge_answers(row, seen, mended)
+    judge_answers(row, seen, mended)
+    _judge_slowness(row, [one for one in seen if struck <= one.asked and one.asked + one.seconds < mended])
     degraded = max((one.asked - mended for one in seen if not one.whole), default=0.0)
     row.recovered = max(ready - mended, degraded)
     if row.recovered > fault.recovery:
         row.late.append(f"recovered after {row.recovered:.2f} s")
-    _judge_logs(row, scene.said(logged))
+    judge_logs(row, scene.said(logged))
     _judge_metrics(row, before, held, await scene.metrics())
     return row
 
@@ -178,11 +196,12 @@ async def _ready(row: Row, scene: Scene) -> float:
     return scene.load.now
 
 
-def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
+def judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
+    """Note in a row what became of each request; it was mended at a moment of the load's clock."""
     row.answers = len(seen)
     row.retried = sum(one.retried for one in seen)
     excused: list[str] = []
-    outages = 0
+    outages = unexplained = 0
 
     def alone(one: Seen) -> bool:
         return one.process == row.fault.alone
@@ -193,21 +212,32 @@ def _judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
         # Whoever asks later than a recovery may take asks on an ordinary day.
         allowed = row.fault.allows(one.process) if one.asked < mended + row.fault.recovery else ORDINARY
         wrong = _wrong(allowed, one)
-        if wrong and (one.status == 503 or one.source in {"stale", "bypass"}):
-            # Deadlines too are missed on a busy machine.
+        if wrong and not one.finding.wrong and (one.status == 503 or one.source in {"stale", "bypass"}):
             excused.append(f"{what}: {wrong}")
             outages += one.source != "bypass"
+            unexplained += one.source != "bypass" and 503 not in row.fault.allows(one.process).statuses
         elif wrong:
             row.wrong.append(f"{what}: {wrong}")
+            # One that did not come may be the fault of whoever waited for it too late.
+            row.certain |= one.status != 0
         if one.status and one.seconds > (allowed.waits if one.source != "hit" or alone(one) else ANSWERABLE):
             row.late.append(f"{what} after {one.seconds:.3f} s")
     row.stalest = max((one.finding.behind for one in seen if not one.old), default=0.0)
     times = [(one.source == "hit", one.seconds) for one in seen if one.status and not alone(one)]
     row.hit, row.other = (max((seconds for hit, seconds in times if hit is of), default=0.0) for of in (True, False))
     row.late += excused
-    if outages > _EXCUSED * row.answers:
+    # Only a machine that is seen to be busy explains that a second was not enough for PostgreSQL, and not often; where
+    # the fault itself refuses, that it goes on to for a moment longer. Of a bypass, 50 ms of any machine are enough.
+    if outages > _EXCUSED * row.answers or (unexplained and not row.busy):
         row.wrong.append(f"{outages} of {row.answers} answers are outages that are not allowed")
     _judge_outcomes(row)
+
+
+def _judge_slowness(row: Row, seen: Sequence[Seen]) -> None:
+    # A miss may share a load that began before it.
+    quickest = min((one.seconds for one in seen if one.source == "request"), default=0.0)
+    if quickest < row.fault.slows:
+        row.wrong.append(f"nothing was broken: an answer past the cache came after {quickest:.3f} s")
 
 
 def _judge_outcomes(row: Row) -> None:
@@ -245,17 +275,21 @@ def _pressure() -> float:
         return 0.0
 
 
-def _judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
+def judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
+    """Note in a row what the processes have said that they should not have, and the other way round."""
     told: Counter[str] = Counter()
     for process, lines in enumerate(said):
         for line, times in lines.items():
             level, _, event = line.partition(" ")
             if level in {"error", "critical", "unstructured"}:
                 row.wrong.append(f"process {process} logged {line}")
+                row.certain = True
             if level == "warning":
                 told[event] = max(told[event], times)
-            if event.startswith(("dependency_away", "dependency_back", "rate_limits")) and times > row.fault.flaps:
-                row.late.append(f"process {process} logged {times} times {line}")
+            state = level == "warning" or event.startswith(("dependency_back", "rate_limits"))
+            if state and times > row.fault.flaps:
+                # A deadline that a busy machine misses looks like another outage.
+                (row.late if row.busy else row.wrong).append(f"process {process} logged {times} times {line}")
         for dependency in row.fault.away:
             for line in (f"warning dependency_away {dependency}", f"info dependency_back {dependency}"):
                 if not lines[line]:

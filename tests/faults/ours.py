@@ -1,11 +1,13 @@
 """What may happen to a process that serves: how it is broken, and how it is mended."""
 
 import asyncio
+import json
 import random
 import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import datetime, timedelta
 
 import psutil
 
@@ -18,6 +20,8 @@ _UNDER_WAY = 2
 _FEW = 5
 _MANY = 60
 _SLOW_SECONDS = 0.1
+_IGNORED_SECONDS = 0.3
+_HALF_A_DAY = timedelta(hours=12)
 
 
 @asynccontextmanager
@@ -85,13 +89,27 @@ async def vanish(port: int, request: bytes, rng: random.Random) -> None:
 
 @asynccontextmanager
 async def _clock_moved(scene: Scene, there: signal.Signals, back: signal.Signals) -> AsyncIterator[None]:
+    before = [await _told_at(scene, process) for process in range(len(scene.served))]
+
+    async def are_moved() -> bool:
+        now = [await _told_at(scene, process) for process in range(len(scene.served))]
+        return all(abs(moment - was) > _HALF_A_DAY for moment, was in zip(now, before, strict=True))
+
     for one in scene.served:
         one.signal(there)
     try:
+        await eventually(are_moved)
         yield
     finally:
         for one in scene.served:
             one.signal(back)
+
+
+async def _told_at(scene: Scene, process: int) -> datetime:
+    """Tell of when an answer is, that is computed now."""
+    async with Line.to(scene.served[process].port) as line:
+        _, _, body = await line.ask(scene.load.past_the_cache(scene.load.oracle.people[0]))
+    return datetime.fromisoformat(json.loads(body)["cache_timestamp"])
 
 
 @asynccontextmanager
@@ -121,6 +139,17 @@ async def descriptors_used_up(scene: Scene) -> AsyncIterator[None]:
             await stack.enter_async_context(Line.to(scene.served[0].port))
         await eventually(lambda: psutil.Process(process.pid).num_fds() >= few - 1)
         try:
+            assert await _is_ignored(scene.served[0].port)
             yield
         finally:
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+
+
+async def _is_ignored(port: int) -> bool:
+    """Tell whether somebody new has no answer, be it that nobody takes the connection."""
+    try:
+        async with asyncio.timeout(_IGNORED_SECONDS), Line.to(port) as line:
+            await line.get("/health/live")
+    except OSError:
+        return True
+    return False

@@ -19,6 +19,7 @@ from tests.live import END_THE_LEAD
 from tests.parts import SECONDS, eventually
 
 _OURS: Final = "from pg_stat_activity where datname = current_database() and usename = 'app_login'"
+SLOW_SECONDS: Final = 0.05
 _DISK_FULL: Final = """
 create function public.no_space() returns trigger language plpgsql as $$
 begin
@@ -33,7 +34,7 @@ create trigger no_space before insert or update on reputation.tallies
 async def sessions_ended(scene: Scene) -> AsyncIterator[None]:
     """End every session of ours, as an administrator or a pooler does."""
     async with connect(scene.database.superuser_url) as superuser:
-        assert await superuser.fetchval(f"select count(pg_terminate_backend(pid)) {_OURS}")
+        assert await superuser.fetchval(f"select count(*) filter (where pg_terminate_backend(pid)) {_OURS}")
     yield
 
 
@@ -41,8 +42,8 @@ async def sessions_ended(scene: Scene) -> AsyncIterator[None]:
 async def backend_killed(scene: Scene) -> AsyncIterator[None]:
     """Kill one backend with SIGKILL; PostgreSQL then ends all the others, and recovers."""
     async with connect(scene.database.superuser_url) as superuser:
-        pid = await superuser.fetchval(f"select pid {_OURS} limit 1")
-    os.kill(pid, signal.SIGKILL)
+        ours = [pid for (pid,) in await superuser.fetch(f"select pid {_OURS}")]
+    os.kill(ours[0], signal.SIGKILL)
 
     async def answers() -> bool:
         try:
@@ -53,6 +54,10 @@ async def backend_killed(scene: Scene) -> AsyncIterator[None]:
 
     await asyncio.sleep(0.1)
     await eventually(answers)
+    async with connect(scene.database.superuser_url) as superuser:
+        assert not await superuser.fetchval(
+            "select count(*) from pg_stat_activity where pid = any ($1::integer[])", ours
+        )
     yield
 
 
@@ -89,7 +94,7 @@ async def _slowed(scene: Scene, seconds: float) -> AsyncIterator[None]:
 @asynccontextmanager
 async def slow(scene: Scene) -> AsyncIterator[None]:
     """Hold back every reply for 50 ms."""
-    async with _slowed(scene, 0.05):
+    async with _slowed(scene, SLOW_SECONDS):
         yield
 
 

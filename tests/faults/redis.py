@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import redis
+import redis.asyncio
 
 from goodstanding.cache import value_key
 from goodstanding.embedded import Valkey
@@ -16,6 +17,7 @@ from tests.parts import SECONDS, eventually
 from tests.topologies import password, plain, role
 
 _STORM_SECONDS: Final = 0.05
+_MANY: Final = 20
 
 
 @asynccontextmanager
@@ -157,10 +159,19 @@ async def loading(scene: Scene) -> AsyncIterator[None]:
             (scene.valkey.data_dir / "dump.rdb").unlink()
 
 
+async def _flush(client: "redis.asyncio.Redis") -> None:
+    """Flush it, and see in the same transaction, before anything is filled again, that it is empty."""
+    pipeline = client.pipeline(transaction=True)
+    pipeline.flushall()
+    pipeline.dbsize()
+    _, keys = await pipeline.execute()
+    assert keys == 0
+
+
 @asynccontextmanager
 async def flushed(scene: Scene) -> AsyncIterator[None]:
     """Flush it, twenty times a second."""
-    async with scene.redis() as client, _again_and_again(client.flushall):
+    async with scene.redis() as client, _again_and_again(lambda: _flush(client)):
         yield
 
 
@@ -168,21 +179,33 @@ async def flushed(scene: Scene) -> AsyncIterator[None]:
 async def flushed_once(scene: Scene) -> AsyncIterator[None]:
     """Flush it, once."""
     async with scene.redis() as client:
-        await client.flushall()
+        await _flush(client)
     yield
 
 
 @asynccontextmanager
 async def connections_killed(scene: Scene) -> AsyncIterator[None]:
     """End every connection, twenty times a second."""
+    ended = 0
+
     async with scene.redis() as client:
 
         async def kill() -> None:
-            await client.client_kill_filter(_type="normal", skipme=True)
-            await client.client_kill_filter(_type="pubsub")
+            nonlocal ended
+            ended += await _end_connections(client)
 
         async with _again_and_again(kill):
             yield
+    # Each process has two at least, of which one hears what has changed.
+    assert ended > _MANY, f"{ended} connections were ended"
+
+
+async def _end_connections(client: "redis.asyncio.Redis") -> int:
+    ended = [
+        await client.client_kill_filter(_type="normal", skipme=True),
+        await client.client_kill_filter(_type="pubsub"),
+    ]
+    return sum(map(int, ended))
 
 
 @asynccontextmanager
@@ -191,8 +214,7 @@ async def password_changed(scene: Scene) -> AsyncIterator[None]:
     async with scene.redis() as client:
         before = client.connection_pool.connection_kwargs["password"]
         await client.config_set("requirepass", "changed")
-        await client.client_kill_filter(_type="normal", skipme=True)
-        await client.client_kill_filter(_type="pubsub")
+        assert await _end_connections(client)
         try:
             yield
         finally:

@@ -43,6 +43,8 @@ _REDIS: Final = Fault(
 _LOAD: Final = 1.0
 """The deadline of a load, by the settings' default, in seconds: whoever must wait for PostgreSQL waits so long."""
 
+_FAILED: Final = ('goodstanding_query_errors_total{query="counts"}',)
+
 _POSTGRES: Final = Fault(
     "PostgreSQL",
     nothing,
@@ -50,7 +52,7 @@ _POSTGRES: Final = Fault(
     statuses=frozenset({503}),
     sources=frozenset({"stale"}),
     shows=frozenset({"stale"}),
-    meters=("goodstanding_stale_served_total", 'goodstanding_query_errors_total{query="counts"}'),
+    meters=("goodstanding_stale_served_total", *_FAILED),
     # Of the cold there is no last known good copy yet; of those who changed none is left.
     refuses=0.5,
 )
@@ -69,7 +71,7 @@ _BOTH: Final = replace(
     sources=frozenset({"stale", "bypass"}),
     shows=frozenset({"503"}),
     refuses=0.8,
-    meters=(*_REDIS.meters, 'goodstanding_query_errors_total{query="counts"}'),
+    meters=(*_REDIS.meters, *_FAILED),
 )
 
 _FROZEN: Final = Fault(
@@ -100,10 +102,10 @@ FAULTS: Final[Sequence[Fault]] = (
     replace(_REDIS, name="Redis: failover to a replica", strike=redis.failed_over, stage="sentinel", heals=True),
     Fault("Redis: a Cluster reshards", redis.resharded, sources=frozenset({"bypass"}), stage="cluster"),
     replace(_HICCUP, name="PostgreSQL: sessions ended", strike=postgres.sessions_ended),
-    replace(_HICCUP, name="PostgreSQL: a backend killed", strike=postgres.backend_killed),
+    replace(_HICCUP, name="PostgreSQL: a backend killed", strike=postgres.backend_killed, meters=_FAILED),
     replace(_POSTGRES, name="PostgreSQL: postmaster killed", strike=postgres.killed),
     replace(_POSTGRES, name="PostgreSQL: SIGSTOP", strike=postgres.frozen, waits=_LOAD + ANSWERABLE),
-    Fault("PostgreSQL: 50 ms slow", postgres.slow, waits=2 * ANSWERABLE),
+    Fault("PostgreSQL: 50 ms slow", postgres.slow, waits=2 * ANSWERABLE, slows=postgres.SLOW_SECONDS),
     replace(_POSTGRES, name="PostgreSQL: 2 s slow", strike=postgres.too_slow, waits=_LOAD + ANSWERABLE),
     replace(
         _POSTGRES,
@@ -118,7 +120,11 @@ FAULTS: Final[Sequence[Fault]] = (
     Fault("PostgreSQL: a migration", postgres.migrated, seconds=0.5),
     replace(_POSTGRES, name="PostgreSQL: max_connections", strike=postgres.connections_used_up),
     Fault("PostgreSQL: nobody leads", postgres.nobody_leads, away=("relay",)),
-    Fault("PostgreSQL: disk full for the relay", postgres.disk_full),
+    Fault(
+        "PostgreSQL: disk full for the relay",
+        postgres.disk_full,
+        meters=('goodstanding_relay_failures_total{cause="DiskFullError"}',),
+    ),
     replace(_HICCUP, name="PostgreSQL: a standby promoted", strike=postgres.promoted, stage="standby", once=True),
     replace(_BOTH, name="both: kill -9", strike=both_killed),
     replace(_BOTH, name="both: SIGSTOP", strike=both_frozen, waits=_LOAD + ANSWERABLE),

@@ -121,7 +121,7 @@ class Scene:
         return found.num_fds() - len(theirs)
 
     def said(self, since: Sequence[int]) -> Sequence[Counter[str]]:
-        """Count what each process has logged since its log was that long, by `level event dependency`."""
+        """Count what each process has logged since its log was that long, by `level event dependency cause`."""
         counts = []
         for one, start in zip(self.served, since, strict=True):
             lines = one.log.read_bytes()[start:].decode().splitlines()
@@ -147,7 +147,7 @@ def _entry(line: str) -> str:
         entry = json.loads(line)
     except ValueError:
         return f"unstructured {line[:100]}"
-    return " ".join(str(entry[key]) for key in ("level", "event", "dependency") if key in entry)
+    return " ".join(str(entry[key]) for key in ("level", "event", "dependency", "cause") if key in entry)
 
 
 Do = Callable[[Callable[[], object]], Awaitable[None]]

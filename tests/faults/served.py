@@ -18,10 +18,12 @@ from uvicorn import Server
 
 from goodstanding import cache, cli, main
 from goodstanding.cache import RedisCache
+from goodstanding.connections import Connections
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.reputation_service import ReputationService
 
 _SELDOM: Final = 0.08
+_OFTEN: Final = 0.5
 
 
 def _move_the_clock() -> None:
@@ -108,6 +110,30 @@ def _end_at_once() -> None:
     Server.handle_exit = end  # type: ignore[assignment, method-assign] # a bug
 
 
+def _keep_leases() -> None:
+    fill = RedisCache.fill
+
+    async def keep(self: RedisCache, entries: Any, token: str) -> Any:  # noqa: ANN401 - the product's
+        if random.random() < _OFTEN:  # noqa: S311 - a bug
+            return [False] * len(entries)
+        return await fill(self, entries, token)
+
+    RedisCache.fill = keep  # type: ignore[method-assign] # a bug
+
+
+def _keep_a_connection_once() -> None:
+    give_back = Connections.give_back
+    kept: list[Any] = []
+
+    def keep(self: Connections, connection: Any) -> None:  # noqa: ANN401 - the product's
+        if kept:
+            give_back(self, connection)
+        else:
+            kept.append(connection)
+
+    Connections.give_back = keep  # type: ignore[method-assign] # a bug
+
+
 def _plant_bugs() -> None:
     for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom, _hang_seldom, _drop_seldom):
         plant()
@@ -117,6 +143,9 @@ CHANGED: Final[dict[str, Callable[[], None]]] = {
     "clock": _move_the_clock,
     "bugs": _plant_bugs,
     "abrupt": _end_at_once,
+    "mixed": _mix_people_up,
+    "lease kept": _keep_leases,
+    "connection kept": _keep_a_connection_once,
 }
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
 
 import argparse
 import asyncio
+import random
 import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -68,13 +70,18 @@ class Outcome:
         return found
 
 
+def drawn(minutes: int, rng: random.Random) -> Sequence[Fault]:
+    """Give a fault for each minute: every one once, in any order, before any comes again."""
+    faults = [fault for fault in FAULTS if fault.stage == "plain" and fault.name not in _RESTARTED]
+    rounds = (rng.sample(faults, len(faults)) for _ in count())
+    return list(islice(chain.from_iterable(rounds), minutes))
+
+
 async def soak(made: Scene, minutes: int) -> Outcome:
     """Break something each minute."""
-    faults = [fault for fault in FAULTS if fault.stage == "plain" and fault.name not in _RESTARTED]
     outcome = Outcome()
-    for _ in range(minutes):
+    for fault in drawn(minutes, made.rng):
         end = made.load.now + _MINUTE
-        fault: Fault = made.rng.choice(faults)
         row = await run(fault, made)
         outcome.rows.append(row)
         outcome.answers += row.answers
