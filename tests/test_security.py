@@ -13,6 +13,8 @@ import pytest
 
 from goodstanding import create_app
 from goodstanding.embedded import Postgres, Valkey
+from goodstanding.http_protocol import HotProtocol
+from goodstanding.metrics import CACHE_READS
 from tests.parts import metric, queries
 from tests.serving import (
     ATTRIBUTION,
@@ -47,8 +49,8 @@ def backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[Backe
 
 @pytest.fixture(scope="module")
 def client(backend: Backend) -> Iterator[httpx2.Client]:
-    """Give a client of the service as it runs in production."""
-    with client_of(create_app(backend.settings())) as opened:
+    """Give a client of the service as it runs in production, by the protocol of `goodstanding serve`."""
+    with client_of(create_app(backend.settings()), http=HotProtocol) as opened:
         yield opened
 
 
@@ -142,7 +144,9 @@ def test_role_by_caller_by_target(
     """Who may not, gets 401 or 403, the same whatever the target is, and nothing is looked up; who may, the answer."""
     role, headers = _CALLERS[caller]
     allowed, expected = _MATRIX[call]
-    before = (queries(), metric("goodstanding_cache_reads_total", result="hit"))
+    # What an open stream watches may be read again at any time.
+    wait_until(lambda: 0 == metric("goodstanding_streams"))
+    before = (queries(), _looks())
     answers = [
         _ask(client, call, target, headers or (bearer(sub=target[0]) if role == "authenticated" else {}))
         for target in targets.values()
@@ -159,7 +163,23 @@ def test_role_by_caller_by_target(
     assert told[0][0] == told[1][0] == told[2][0]
     if not call.startswith("HEAD"):
         assert 1 == len({answer.content for answer in answers})
-    assert before == (queries(), metric("goodstanding_cache_reads_total", result="hit"))
+    assert before == (queries(), _looks())
+
+
+def _looks() -> dict[str, float]:
+    """Count the looks into the cache, by all that can come of one."""
+    [family] = CACHE_READS.collect()
+    return {sample.labels["result"]: sample.value for sample in family.samples if sample.name == f"{family.name}_total"}
+
+
+def test_a_look_is_seen_whatever_comes_of_it(client: httpx2.Client, backend: Backend) -> None:
+    """What must not happen for a stranger is seen where it happens: of a user who is cached, who is not, of nobody."""
+    user, caller = backend.user(completed=1), bearer()
+    for target, status in ((user, 200), (user, 200), (GONE, 404)):
+        before = _looks()
+        assert status == client.get(SINGLE.format(target), headers=caller).status_code
+        wait_until(lambda: before != _looks())  # noqa: B023 - awaited here
+    assert {"hit", "miss", "away"} >= _looks().keys() >= {"hit", "miss"}
 
 
 def test_the_log_holds_nobody(backend: Backend) -> None:
