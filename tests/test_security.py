@@ -15,6 +15,7 @@ from goodstanding import create_app
 from goodstanding.embedded import Postgres, Valkey
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.metrics import CACHE_READS
+from goodstanding.reputation_service import ReputationService
 from tests.parts import metric, queries
 from tests.serving import (
     ATTRIBUTION,
@@ -36,6 +37,7 @@ from tests.serving import (
     wait_until,
 )
 from tests.streaming import STREAM
+from tests.test_logs import configured, logging_as_before
 
 _PAGE: Final = root() / "docs" / "explanation" / "security.md"
 
@@ -226,6 +228,82 @@ def test_the_log_holds_nobody(backend: Backend) -> None:
     assert "forged" not in {line["event"] for line in lines}
     for secret in ("canary", "203.0.113", user, session, good, bad, good.split(".")[1], "Bearer", "select "):
         assert secret not in told
+
+
+# With the status: what ends a line, or controls a terminal, does not come past the server's parser.
+_HOSTILE: Final = {
+    "quotes": (500, b'a"}{"event":"forged","level":"info"}'),
+    "an escaped newline": (500, rb"a\n{\"event\":\"forged\"}\u000aforged%0Aforged"),
+    "a separator of lines": (500, "a\u2028forged\u0085forged".encode()),
+    "bytes above ASCII": (500, b"a\x85forged\x9b31mforged"),
+    "a terminal's escape": (400, b"a\x1b[2J\x1b[31mforged\x1b]0;forged\x07"),
+    "a carriage return": (400, b"a\rforged"),
+    "a newline": (400, b"a\nforged"),
+    "a folded line": (400, b"a\r\n forged"),
+}
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize(("status", "said"), _HOSTILE.values(), ids=_HOSTILE)
+def test_what_a_request_makes_fail_is_one_line_of_ours(
+    client: httpx2.Client, backend: Backend, monkeypatch: pytest.MonkeyPatch, status: int, said: bytes, log_format: str
+) -> None:
+    """Nothing that a request holds, nor what the failure says, is in the line that tells of it, or looks like one."""
+    user, credentials = backend.user(completed=1), token(sub="canary-subject")
+    head = (
+        f"GET {SINGLE.format(user)}?use_cache=false HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        f"Authorization: Bearer {credentials}\r\nX-Forwarded-For: 203.0.113.77\r\n"
+    ).encode()
+    request = b"".join([head, *(name + b": " + said + b"\r\n" for name in (b"X-Request-ID", b"User-Agent")), b"\r\n"])
+
+    async def broken(*_: object, **__: object) -> None:
+        message = f'canary-note {user} {credentials}\n{{"event":"forged"}}\r\x1b[31m'
+        raise LookupError(message)
+
+    monkeypatch.setattr(ReputationService, "read", broken)
+    with logging_as_before():
+        stream = configured(log_format=log_format)
+        answer = raw_exchange(str(client.base_url), request)
+        told = stream.getvalue()
+    assert status == answer.status
+    if status == 400:
+        assert [] == _of_requests(told)
+        return
+    first, *more = _of_requests(told)
+    if log_format == "json":
+        assert [] == more
+        line = json.loads(first)
+        assert {"event", "exception", "level", "request_id", "route", "timestamp"} == line.keys()
+        assert "request_failed" == line["event"]
+        assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
+    else:
+        assert re.fullmatch(r"\S+Z \[error +\] request_failed +request_id=[0-9a-f]{32} route=\S+user_id}", first)
+        assert "builtins.LookupError" == more[-1]
+        assert all(line.startswith("  ") for line in more[:-1])
+    private = ("canary", "203.0.113", user, credentials, credentials.split(".")[1])
+    for secret in (*private, "Bearer", "forged", "\x1b", "\r"):
+        assert secret not in told
+
+
+def test_a_request_that_is_answered_writes_no_line(client: httpx2.Client, backend: Backend) -> None:
+    """A hundred of them, well-formed or not, allowed or not, write no more than one."""
+    user, good = backend.user(completed=1), bearer()
+    with logging_as_before():
+        stream = configured(log_format="json")
+        counts = []
+        for times in (1, 100):
+            for _ in range(times):
+                for path, headers in ((user, good), (GONE, good), ("evil", good), (user, {}), (user, bearer(exp=1))):
+                    client.get(SINGLE.format(path), headers=headers)
+                client.post(BATCH, json={"user_ids": [user, "evil"]}, headers=good)
+                raw_exchange(str(client.base_url), b"GET / HTTP/9.9\r\n\r\n")
+            counts.append(len(_of_requests(stream.getvalue())))
+    assert counts[0] == counts[1], stream.getvalue()
+
+
+def _of_requests(told: str) -> list[str]:
+    """Leave out what tells of a dependency: on a busy machine one may be away for a moment."""
+    return [line for line in told.splitlines() if not re.search(r"\b(dependency_(away|back)|rate_limits_\w+)\b", line)]
 
 
 def _answers(client: httpx2.Client) -> bool:
