@@ -84,8 +84,24 @@ def test_the_sbom_names_every_dependency(tmp_path: Path) -> None:
     versions = {f"{package['name']}@{package['version']}" for package in _OTHERS}
     assert named <= versions
     names = {name.partition("@")[0] for name in named}
+    assert names == _closure()
     assert {"asyncpg", "fastapi", "pyjwt", "cryptography", "redis", "uvicorn"} <= names
     assert not {"pytest", "ruff", "schemathesis", "atheris"} & names
+
+
+def _closure() -> set[str]:
+    """Name all that the lock says the product needs at run time, and what that needs, on whatever platform."""
+    packages = {package["name"]: package for package in _LOCK["package"]}
+    wanted = list(packages["goodstanding"]["dependencies"])
+    found: set[tuple[str, str | None]] = set()
+    while wanted:
+        one = wanted.pop()
+        package = packages[one["name"]]
+        for extra in (None, *one.get("extra", ())):
+            if (one["name"], extra) not in found:
+                found.add((one["name"], extra))
+                wanted += package.get("dependencies", []) if extra is None else package["optional-dependencies"][extra]
+    return {name for name, _ in found}
 
 
 @pytest.mark.parametrize(
