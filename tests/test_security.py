@@ -318,6 +318,23 @@ class TestThePage:
 
     _RISKS: Final = {f"API{number}" for number in range(1, 11)}
 
+    # How each promise of SECURITY.md begins, and the rows that answer for it.
+    _PROMISES: Final[Mapping[str, tuple[str, ...]]] = {
+        "Only the aggregates leave": (
+            "API3: broken object property level authorization",
+            "The service's login can do little",
+        ),
+        "Nobody without a valid token learns anything": (
+            "API1: broken object level authorization",
+            "API2: broken authentication",
+            "API5: broken function level authorization",
+        ),
+        "No input makes the service fail": ("API4: unrestricted resource consumption", "Whatever is sent"),
+        "No log line holds": ("The log names nobody",),
+        "The host app's writes never fail or wait": ("The host app's writes neither fail nor wait",),
+        "What is installed from `uv.lock` is what was locked": ("What is installed is what was locked",),
+    }
+
     def _rows(self) -> dict[str, list[str]]:
         rows = {}
         for line in _PAGE.read_text("utf-8").splitlines():
@@ -330,6 +347,15 @@ class TestThePage:
         rows = self._rows()
         assert self._RISKS <= {name.split(":")[0] for name in rows}
         assert all(rows.values())
+
+    def test_every_promise_has_its_rows(self) -> None:
+        """What SECURITY.md promises, no more and no less, is answered for by rows of the page."""
+        text = (root() / "SECURITY.md").read_text("utf-8")
+        [promised] = re.findall(r"^## What is promised\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+        promises = re.findall(r"^- (.*)$", promised, re.MULTILINE)
+        answered = [[begin for begin in self._PROMISES if promise.startswith(begin)] for promise in promises]
+        assert [[begin] for begin in self._PROMISES] == answered
+        assert set().union(*self._PROMISES.values()) <= self._rows().keys()
 
     def test_every_test_that_is_named_exists(self) -> None:
         """A test that is renamed or removed is missed here."""
