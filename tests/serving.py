@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import httpx2
 import jwt
 import uvicorn
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from goodstanding.data import SessionId, UserId
 from goodstanding.embedded import Postgres, Valkey
@@ -128,13 +129,14 @@ def open_backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """Serve an app with uvicorn in a thread of its own; gives its address."""
+def serving(app: ASGIApp, *, http: type[HttpToolsProtocol] | Literal["auto"] = "auto") -> Iterator[str]:
+    """Serve an app with uvicorn in a thread of its own, by a protocol of its or of ours; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
                 lifespan="on",
+                http=http,
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -155,9 +157,9 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 
 @contextmanager
-def client_of(app: ASGIApp) -> Iterator[httpx2.Client]:
+def client_of(app: ASGIApp, *, http: type[HttpToolsProtocol] | Literal["auto"] = "auto") -> Iterator[httpx2.Client]:
     """Serve an app, and give a client that has no token."""
-    with serving(app) as url, httpx2.Client(base_url=url, timeout=_DEADLINE, verify=_TLS) as client:
+    with serving(app, http=http) as url, httpx2.Client(base_url=url, timeout=_DEADLINE, verify=_TLS) as client:
         yield client
 
 

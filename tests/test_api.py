@@ -680,6 +680,12 @@ class TestErrors:
         assert "ETag" in error.headers["access-control-expose-headers"]
         other = client.get(SINGLE.format(NIL), headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        evil = client.options(SINGLE.format(NIL), headers=preflight | {"Origin": "https://evil.example"})
+        assert 400 == evil.status_code
+        assert "access-control-allow-origin" not in evil.headers
+        for answer in (allowed, error, other, evil):
+            # Callers are known by a token alone: a browser need not send cookies, nor show what they would bring.
+            assert "access-control-allow-credentials" not in answer.headers
         dev_header = {"Access-Control-Request-Headers": "x-test-user-id"}
         assert 400 == client.options(SINGLE.format(NIL), headers=preflight | dev_header).status_code
         local = preflight | dev_header | {"Origin": "http://localhost:3000"}

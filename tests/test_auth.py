@@ -5,9 +5,10 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -475,10 +476,19 @@ class KeyServer:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._handler = Handler
+        self._bind(0)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/jwks.json"
+
+    def _bind(self, port: int) -> None:
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._http.server_port}/jwks.json"
+
+    def _close(self) -> None:
+        self._http.shutdown()
+        self._thread.join(_SECONDS)
+        self._http.server_close()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -486,9 +496,28 @@ class KeyServer:
 
     def __exit__(self, *_: object) -> None:
         self.release.set()
-        self._http.shutdown()
-        self._thread.join(_SECONDS)
-        self._http.server_close()
+        self._close()
+
+    @contextmanager
+    def answering(self, how: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[None]:
+        """Answer in another way for a while."""
+        before, self.answer = self.answer, how
+        yield
+        self.answer = before
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Refuse connections for a while; meanwhile nobody else gets the port."""
+        port = self._http.server_port
+        self._close()
+        with socket.socket() as holder:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", port))
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+            yield
+            self._bind(port)
+        self._thread.start()
 
     def publishes(self, *keys: object) -> Callable[[BaseHTTPRequestHandler], None]:
         """Answer with these keys."""
@@ -742,15 +771,16 @@ async def test_unchanged_keys_forget_nothing(server: KeyServer, decoded: list[st
     assert [text] == decoded
 
 
-async def _fails(server: KeyServer, how: Callable[[BaseHTTPRequestHandler], None], **options: float) -> None:
+async def _fails(
+    server: KeyServer, how: Callable[[BaseHTTPRequestHandler], None] | AbstractContextManager[None], **options: float
+) -> None:
     server.answer = server.publishes(published(EC_KEY))
     async with opened(server, **options) as key_set:
-        server.answer = how
-        await until(lambda: key_set.degraded)
-        assert key_set.ready
-        assert 0 == REGISTRY.get_sample_value("goodstanding_dependency_up", {"dependency": "jwks"})
-        assert SUBJECT == verifier(key_set=key_set).verify(asymmetric(EC_KEY)).subject
-        server.answer = server.publishes(published(EC_KEY))
+        with how if isinstance(how, AbstractContextManager) else server.answering(how):
+            await until(lambda: key_set.degraded)
+            assert key_set.ready
+            assert 0 == REGISTRY.get_sample_value("goodstanding_dependency_up", {"dependency": "jwks"})
+            assert SUBJECT == verifier(key_set=key_set).verify(asymmetric(EC_KEY)).subject
         await until(lambda: not key_set.degraded)
         assert 1 == REGISTRY.get_sample_value("goodstanding_dependency_up", {"dependency": "jwks"})
 
@@ -781,6 +811,11 @@ async def test_garbage_keeps_the_last_good_keys(server: KeyServer, body: bytes) 
 async def test_an_outage_keeps_the_last_good_keys(server: KeyServer, status: int) -> None:
     """A status other than 200 changes no key."""
     await _fails(server, server.says(b"" if status == 204 else b'{"keys": []}', status=status))
+
+
+async def test_a_refused_connection_keeps_the_last_good_keys(server: KeyServer) -> None:
+    """A server that is not there changes no key, and is asked again until it is."""
+    await _fails(server, server.refusing())
 
 
 async def test_a_redirect_is_not_followed(server: KeyServer) -> None:

@@ -255,6 +255,26 @@ class TestGuards:
             alone.session(match, "no_show")
             wait_until(lambda: b'"no_shows":1' in three.get(way, user, headers).body)
 
+    @pytest.mark.parametrize("memory_seconds", [5, 0])
+    def test_another_origin_is_told_on_every_way_what_it_may_see(self, backend: Backend, memory_seconds: int) -> None:
+        """A hit says whose page may read it, and no other origin's may; nobody's cookies are asked for."""
+        user = backend.user(completed=1)
+        with three_ways(backend, cors_origins="https://app.example", memory_seconds=memory_seconds) as three:
+            headers = bearer()
+            three.warm(user, headers)
+            # Without an origin the fast ways answer, and may not lend that answer to one.
+            assert "access-control-allow-origin" not in three.get("repeated", user, headers).headers
+            for way in WAYS:
+                answer = three.get(way, user, headers | {"Origin": "https://app.example"})
+                assert 200 == answer.status
+                assert answer.headers["cache-status"].startswith("goodstanding; hit; ttl=")
+                assert "https://app.example" == answer.headers["access-control-allow-origin"]
+                assert "Origin" == answer.headers["vary"]
+                other = three.get(way, user, headers | {"Origin": "https://evil.example"})
+                assert 200 == other.status
+                assert "access-control-allow-origin" not in other.headers
+                assert {"access-control-allow-credentials"}.isdisjoint([*answer.headers, *other.headers])
+
     @pytest.mark.parametrize("moved", [245, -3600])
     def test_what_is_due_or_of_another_time_is_left_to_the_service(self, backend: Backend, moved: int) -> None:
         """From 80 % of an entry's life on, or when the clock is set back, the fast ways look away."""

@@ -35,11 +35,21 @@ def test_the_targets_can_fail() -> None:
         patch.setattr("tests.fuzzing.encode", lambda *_, **__: b"something else")
         with pytest.raises(AssertionError):
             TARGETS["entry"](SEEDS["entry"][0])
-    for target, name in (("user_id", "UUID"), ("claims", "json.loads"), ("key_set", "len"), ("headers", "ip_address")):
+    behind = (
+        ("user_id", "UUID", 0),
+        ("token", "_encoded", 0),
+        ("claims", "json.loads", 0),
+        ("key_set", "len", 0),
+        ("headers", "ip_address", 0),
+        ("body", "isinstance", 0),
+        ("body", "isinstance", 1),
+    )
+    assert {"entry", *(target for target, _, _ in behind)} == TARGETS.keys()
+    for target, name, seed in behind:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"tests.fuzzing.{name}", _refuse, raising=False)
             with pytest.raises(LookupError):
-                TARGETS[target](SEEDS[target][0])
+                TARGETS[target](SEEDS[target][seed])
 
 
 def _refuse(*_: object) -> object:

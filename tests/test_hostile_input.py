@@ -8,10 +8,12 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import httpx2
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
@@ -37,6 +39,7 @@ from tests.serving import (
     wait_until,
 )
 
+OpenAPI: TypeAlias = dict[str, Any]
 _MARK: Final = "evilmark"
 """Part of every input that could be echoed; no answer may hold it."""
 _JSON: Final = ("Content-Type", "application/json")
@@ -566,6 +569,13 @@ def url(backend: Backend) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def documented(url: str) -> OpenAPI:
+    """Give the service's OpenAPI document."""
+    document: OpenAPI = json.loads(raw_exchange(url, Row("", 200, "/openapi.json").request()).body)
+    return document
+
+
+@pytest.fixture(scope="module")
 def mounted(backend: Backend) -> Iterator[str]:
     """Give the address of the service in this process, under a server that knows nothing of it."""
     with serving(create_app(backend.settings())) as address:
@@ -586,6 +596,41 @@ def test_hostile_input(url: str, row: Row) -> None:
     assert isinstance(told["detail"], str)
     assert told["code"] in _CODES[row.status]
     assert len(answer.body) < 300
+
+
+_LEAF: Final = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    # Escaped in JSON, these are no text that could be encoded.
+    | st.sampled_from([NIL, NIL.upper(), "user1", "nobody", "", "\x00", "\ud800", 10**400])
+)
+_WORD: Final = st.sampled_from(["user_ids", "at_fault", "reason", "__proto__", ""]) | st.text(max_size=8)
+_ANY: Final = st.recursive(
+    _LEAF, lambda parts: st.lists(parts, max_size=5) | st.dictionaries(_WORD, parts, max_size=5), max_leaves=30
+)
+_NEARLY: Final = st.fixed_dictionaries(
+    {}, optional={"user_ids": st.lists(_ANY, max_size=3) | _ANY, "at_fault": _ANY, "reason": _ANY, "more": _ANY}
+)
+
+
+@pytest.mark.parametrize(("path", "route"), [(BATCH, BATCH), (ATTRIBUTION, ATTRIBUTION.format("{session_id}"))])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(told=_ANY | _NEARLY, wrapped=st.sampled_from([0, 0, 0, 1, 200]))
+@example(told={"user_ids": [NIL]}, wrapped=0)
+@example(told={"at_fault": "nobody", "reason": "seen"}, wrapped=0)
+def test_whatever_json_comes(url: str, documented: OpenAPI, path: str, route: str, told: object, wrapped: int) -> None:
+    """A body of any shape and depth gets a status that its route documents, and none that blames the service."""
+    body = ("[" * wrapped + json.dumps(told) + "]" * wrapped).encode()
+    row = Row("", 0, path.format(GONE), "POST", (_JSON,), body, "service_role")
+    answer = raw_exchange(url, row.request())
+    assert str(answer.status) in documented["paths"][route]["post"]["responses"]
+    assert answer.status < 500
+    if answer.status >= 400:
+        assert "application/problem+json" == answer.headers["content-type"]
+        assert json.loads(answer.body)["code"] in _CODES[answer.status]
 
 
 def test_the_table_is_a_table() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -31,20 +32,28 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+@contextmanager
+def logging_as_before() -> Iterator[None]:
     """Leave the process's logging as it was."""
     root, config = logging.getLogger(), structlog.get_config()
     handlers, level = root.handlers[:], root.level
     names = ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx2", "httpcore2", "asyncio")
     loggers = [(logger, logger.level, logger.disabled) for logger in map(logging.getLogger, names)]
-    yield
-    structlog.configure(**config)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for logger, its_level, disabled in loggers:
-        logger.setLevel(its_level)
-        logger.disabled = disabled
+    try:
+        yield
+    finally:
+        structlog.configure(**config)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for logger, its_level, disabled in loggers:
+            logger.setLevel(its_level)
+            logger.disabled = disabled
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    with logging_as_before():
+        yield
 
 
 def configured(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:

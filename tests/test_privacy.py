@@ -64,14 +64,21 @@ where grantee not in ($1::regrole, 'goodstanding_service'::regrole)
 GENEROUS = "alter default privileges"
 
 
+MEMBERSHIPS = "select roleid::regrole::text from pg_auth_members where member = 'goodstanding_service'::regrole"
+
+
 async def test_the_role_has_exactly_the_rights_it_needs(database: Database) -> None:
-    """By the catalogues: usage of one schema and execution of its functions, none of it grantable, nothing else."""
+    """By the catalogues: usage of one schema and execution of its functions, none of it grantable, nothing else.
+
+    Nor does it inherit anything: it is a member of no other role.
+    """
     async with database.owner() as owner:
         granted = {tuple(row) for row in await owner.fetch(EVERY_GRANT, "goodstanding_service")}
         role = await owner.fetchrow("select * from pg_roles where rolname = 'goodstanding_service'")
         owned = await owner.fetchval(
             "select count(*) from pg_shdepend where refobjid = 'goodstanding_service'::regrole and deptype = 'o'"
         )
+        memberships = await owner.fetch(MEMBERSHIPS)
     assert {
         ("schema reputation", "USAGE", False),
         *((f"function {name}", "EXECUTE", False) for name in FUNCTIONS),
@@ -80,6 +87,17 @@ async def test_the_role_has_exactly_the_rights_it_needs(database: Database) -> N
     for attribute in ("rolsuper", "rolbypassrls", "rolcreaterole", "rolcreatedb", "rolcanlogin", "rolreplication"):
         assert role[attribute] is False
     assert owned == 0
+    assert [] == memberships
+
+
+async def test_a_membership_of_the_role_is_seen(database: Database) -> None:
+    """What the catalogues are asked above finds a role whose rights ours would inherit."""
+    async with connect(database.superuser_url) as admin:
+        transaction = admin.transaction()
+        await transaction.start()
+        await admin.execute("grant pg_read_all_stats to goodstanding_service")
+        assert ["pg_read_all_stats"] == [row["roleid"] for row in await admin.fetch(MEMBERSHIPS)]
+        await transaction.rollback()
 
 
 @pytest.mark.parametrize("generous", [False, True])
@@ -234,6 +252,26 @@ create type evil.text as enum ('x');
 create type evil.uuid as enum ('x');
 create type evil.regclass as enum ('x');
 """
+SHADOWS = """
+create temporary table user_profiles (id uuid);
+create temporary table wingman_matches (id uuid, user1_id uuid, user2_id uuid);
+create temporary table wingman_sessions (id uuid, match_id uuid, status text);
+create temporary table changes (user_id uuid);
+create temporary table marks (recount boolean);
+create temporary table tallies (user_id uuid, completed bigint, no_shows bigint);
+create temporary table recounts (user_id uuid);
+create temporary table policy (the_only boolean);
+create temporary table upkeep (the_only boolean);
+create temporary table attributions (session_id uuid, at_fault text);
+create type pg_temp.int4 as enum ('x');
+create type pg_temp.bool as enum ('x');
+create function pg_temp.count(anyelement) returns bigint language plpgsql as $$ begin raise exception 'ran'; end $$;
+create function pg_temp.now() returns timestamptz language plpgsql as $$ begin raise exception 'ran'; end $$;
+create function pg_temp.outcome(text, boolean, boolean, integer, text, text, text, text) returns smallint
+    language plpgsql as $$ begin raise exception 'ran'; end $$;
+set row_security = on;
+set standard_conforming_strings = off;
+"""
 ME = "00000000-0000-4000-8000-000000000001"
 WRITES = {
     (
@@ -252,8 +290,12 @@ WRITES = {
 }
 
 
-async def test_a_writer_with_shadow_objects_runs_none_of_them_as_the_owner(database: Database) -> None:
-    """The triggers use no operator, function, type or table that a writer has put in front of the real ones."""
+@pytest.mark.parametrize("path", ["evil, public, pg_catalog", "pg_temp, evil, reputation, public, pg_catalog"])
+async def test_a_writer_with_shadow_objects_runs_none_of_them_as_the_owner(database: Database, path: str) -> None:
+    """The triggers use no operator, function, type or table that a writer has put in front of the real ones.
+
+    Neither from a schema of the writer's nor from pg_temp, which is searched first where a path does not name it.
+    """
     me, other = await database.add_user(ME), await database.add_user()
     for pair in ((me, other), (other, me)):
         await database.add_match(*pair)
@@ -267,7 +309,9 @@ async def test_a_writer_with_shadow_objects_runs_none_of_them_as_the_owner(datab
         connect(database.service_url) as reader,
         database.owner() as owner,
     ):
-        await writer.execute("set role service_role; set search_path = evil, public, pg_catalog")
+        await writer.execute("set role service_role")
+        await writer.execute(SHADOWS)
+        await writer.fetch("select pg_catalog.set_config('search_path', $1, false)", path)
         for statement, expected in WRITES.items():
             await settled(owner)
             await writer.execute(statement.replace(":is_me", f"operator(pg_catalog.=) '{ME}'"))
@@ -315,26 +359,6 @@ async def test_shadow_objects_change_nothing(database: Database) -> None:
         assert await owner.fetchval("select count(*) from reputation.attributions") == 1
 
 
-SHADOWS = """
-create temporary table user_profiles (id uuid);
-create temporary table wingman_matches (id uuid, user1_id uuid, user2_id uuid);
-create temporary table wingman_sessions (id uuid, match_id uuid, status text);
-create temporary table changes (user_id uuid);
-create temporary table marks (recount boolean);
-create temporary table tallies (user_id uuid, completed bigint, no_shows bigint);
-create temporary table recounts (user_id uuid);
-create temporary table policy (the_only boolean);
-create temporary table upkeep (the_only boolean);
-create temporary table attributions (session_id uuid, at_fault text);
-create type pg_temp.int4 as enum ('x');
-create type pg_temp.bool as enum ('x');
-create function pg_temp.count(anyelement) returns bigint language plpgsql as $$ begin raise exception 'ran'; end $$;
-create function pg_temp.now() returns timestamptz language plpgsql as $$ begin raise exception 'ran'; end $$;
-create function pg_temp.outcome(text, boolean, boolean, integer, text, text, text, text) returns smallint
-    language plpgsql as $$ begin raise exception 'ran'; end $$;
-set row_security = on;
-set standard_conforming_strings = off;
-"""
 AS_TEXT = "select pg_catalog.to_jsonb(told)::pg_catalog.text as told from reputation.:call as told"
 # In this order, since folding and judging change what the next ones give. As text: the driver has to look nothing up.
 DEFINERS = {

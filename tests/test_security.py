@@ -13,6 +13,9 @@ import pytest
 
 from goodstanding import create_app
 from goodstanding.embedded import Postgres, Valkey
+from goodstanding.http_protocol import HotProtocol
+from goodstanding.metrics import CACHE_READS
+from goodstanding.reputation_service import ReputationService
 from tests.parts import metric, queries
 from tests.serving import (
     ATTRIBUTION,
@@ -34,6 +37,7 @@ from tests.serving import (
     wait_until,
 )
 from tests.streaming import STREAM
+from tests.test_logs import configured, logging_as_before
 
 _PAGE: Final = root() / "docs" / "explanation" / "security.md"
 
@@ -47,8 +51,8 @@ def backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[Backe
 
 @pytest.fixture(scope="module")
 def client(backend: Backend) -> Iterator[httpx2.Client]:
-    """Give a client of the service as it runs in production."""
-    with client_of(create_app(backend.settings())) as opened:
+    """Give a client of the service as it runs in production, by the protocol of `goodstanding serve`."""
+    with client_of(create_app(backend.settings()), http=HotProtocol) as opened:
         yield opened
 
 
@@ -142,7 +146,9 @@ def test_role_by_caller_by_target(
     """Who may not, gets 401 or 403, the same whatever the target is, and nothing is looked up; who may, the answer."""
     role, headers = _CALLERS[caller]
     allowed, expected = _MATRIX[call]
-    before = (queries(), metric("goodstanding_cache_reads_total", result="hit"))
+    # What an open stream watches may be read again at any time.
+    wait_until(lambda: 0 == metric("goodstanding_streams"))
+    before = (queries(), _looks())
     answers = [
         _ask(client, call, target, headers or (bearer(sub=target[0]) if role == "authenticated" else {}))
         for target in targets.values()
@@ -159,7 +165,23 @@ def test_role_by_caller_by_target(
     assert told[0][0] == told[1][0] == told[2][0]
     if not call.startswith("HEAD"):
         assert 1 == len({answer.content for answer in answers})
-    assert before == (queries(), metric("goodstanding_cache_reads_total", result="hit"))
+    assert before == (queries(), _looks())
+
+
+def _looks() -> dict[str, float]:
+    """Count the looks into the cache, by all that can come of one."""
+    [family] = CACHE_READS.collect()
+    return {sample.labels["result"]: sample.value for sample in family.samples if sample.name == f"{family.name}_total"}
+
+
+def test_a_look_is_seen_whatever_comes_of_it(client: httpx2.Client, backend: Backend) -> None:
+    """What must not happen for a stranger is seen where it happens: of a user who is cached, who is not, of nobody."""
+    user, caller = backend.user(completed=1), bearer()
+    for target, status in ((user, 200), (user, 200), (GONE, 404)):
+        before = _looks()
+        assert status == client.get(SINGLE.format(target), headers=caller).status_code
+        wait_until(lambda: before != _looks())  # noqa: B023 - awaited here
+    assert {"hit", "miss", "away"} >= _looks().keys() >= {"hit", "miss"}
 
 
 def test_the_log_holds_nobody(backend: Backend) -> None:
@@ -208,6 +230,82 @@ def test_the_log_holds_nobody(backend: Backend) -> None:
         assert secret not in told
 
 
+# With the status: what ends a line, or controls a terminal, does not come past the server's parser.
+_HOSTILE: Final = {
+    "quotes": (500, b'a"}{"event":"forged","level":"info"}'),
+    "an escaped newline": (500, rb"a\n{\"event\":\"forged\"}\u000aforged%0Aforged"),
+    "a separator of lines": (500, "a\u2028forged\u0085forged".encode()),
+    "bytes above ASCII": (500, b"a\x85forged\x9b31mforged"),
+    "a terminal's escape": (400, b"a\x1b[2J\x1b[31mforged\x1b]0;forged\x07"),
+    "a carriage return": (400, b"a\rforged"),
+    "a newline": (400, b"a\nforged"),
+    "a folded line": (400, b"a\r\n forged"),
+}
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize(("status", "said"), _HOSTILE.values(), ids=_HOSTILE)
+def test_what_a_request_makes_fail_is_one_line_of_ours(
+    client: httpx2.Client, backend: Backend, monkeypatch: pytest.MonkeyPatch, status: int, said: bytes, log_format: str
+) -> None:
+    """Nothing that a request holds, nor what the failure says, is in the line that tells of it, or looks like one."""
+    user, credentials = backend.user(completed=1), token(sub="canary-subject")
+    head = (
+        f"GET {SINGLE.format(user)}?use_cache=false HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        f"Authorization: Bearer {credentials}\r\nX-Forwarded-For: 203.0.113.77\r\n"
+    ).encode()
+    request = b"".join([head, *(name + b": " + said + b"\r\n" for name in (b"X-Request-ID", b"User-Agent")), b"\r\n"])
+
+    async def broken(*_: object, **__: object) -> None:
+        message = f'canary-note {user} {credentials}\n{{"event":"forged"}}\r\x1b[31m'
+        raise LookupError(message)
+
+    monkeypatch.setattr(ReputationService, "read", broken)
+    with logging_as_before():
+        stream = configured(log_format=log_format)
+        answer = raw_exchange(str(client.base_url), request)
+        told = stream.getvalue()
+    assert status == answer.status
+    if status == 400:
+        assert [] == _of_requests(told)
+        return
+    first, *more = _of_requests(told)
+    if log_format == "json":
+        assert [] == more
+        line = json.loads(first)
+        assert {"event", "exception", "level", "request_id", "route", "timestamp"} == line.keys()
+        assert "request_failed" == line["event"]
+        assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
+    else:
+        assert re.fullmatch(r"\S+Z \[error +\] request_failed +request_id=[0-9a-f]{32} route=\S+user_id}", first)
+        assert "builtins.LookupError" == more[-1]
+        assert all(line.startswith("  ") for line in more[:-1])
+    private = ("canary", "203.0.113", user, credentials, credentials.split(".")[1])
+    for secret in (*private, "Bearer", "forged", "\x1b", "\r"):
+        assert secret not in told
+
+
+def test_a_request_that_is_answered_writes_no_line(client: httpx2.Client, backend: Backend) -> None:
+    """A hundred of them, well-formed or not, allowed or not, write no more than one."""
+    user, good = backend.user(completed=1), bearer()
+    with logging_as_before():
+        stream = configured(log_format="json")
+        counts = []
+        for times in (1, 100):
+            for _ in range(times):
+                for path, headers in ((user, good), (GONE, good), ("evil", good), (user, {}), (user, bearer(exp=1))):
+                    client.get(SINGLE.format(path), headers=headers)
+                client.post(BATCH, json={"user_ids": [user, "evil"]}, headers=good)
+                raw_exchange(str(client.base_url), b"GET / HTTP/9.9\r\n\r\n")
+            counts.append(len(_of_requests(stream.getvalue())))
+    assert counts[0] == counts[1], stream.getvalue()
+
+
+def _of_requests(told: str) -> list[str]:
+    """Leave out what tells of a dependency: on a busy machine one may be away for a moment."""
+    return [line for line in told.splitlines() if not re.search(r"\b(dependency_(away|back)|rate_limits_\w+)\b", line)]
+
+
 def _answers(client: httpx2.Client) -> bool:
     try:
         return client.get("/health/live").is_success
@@ -219,6 +317,23 @@ class TestThePage:
     """No rule without a check: each row of the page names tests, and they exist."""
 
     _RISKS: Final = {f"API{number}" for number in range(1, 11)}
+
+    # How each promise of SECURITY.md begins, and the rows that answer for it.
+    _PROMISES: Final[Mapping[str, tuple[str, ...]]] = {
+        "Only the aggregates leave": (
+            "API3: broken object property level authorization",
+            "The service's login can do little",
+        ),
+        "Nobody without a valid token learns anything": (
+            "API1: broken object level authorization",
+            "API2: broken authentication",
+            "API5: broken function level authorization",
+        ),
+        "No input makes the service fail": ("API4: unrestricted resource consumption", "Whatever is sent"),
+        "No log line holds": ("The log names nobody",),
+        "The host app's writes never fail or wait": ("The host app's writes neither fail nor wait",),
+        "What is installed from `uv.lock` is what was locked": ("What is installed is what was locked",),
+    }
 
     def _rows(self) -> dict[str, list[str]]:
         rows = {}
@@ -232,6 +347,15 @@ class TestThePage:
         rows = self._rows()
         assert self._RISKS <= {name.split(":")[0] for name in rows}
         assert all(rows.values())
+
+    def test_every_promise_has_its_rows(self) -> None:
+        """What SECURITY.md promises, no more and no less, is answered for by rows of the page."""
+        text = (root() / "SECURITY.md").read_text("utf-8")
+        [promised] = re.findall(r"^## What is promised\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+        promises = re.findall(r"^- (.*)$", promised, re.MULTILINE)
+        answered = [[begin for begin in self._PROMISES if promise.startswith(begin)] for promise in promises]
+        assert [[begin] for begin in self._PROMISES] == answered
+        assert set().union(*self._PROMISES.values()) <= self._rows().keys()
 
     def test_every_test_that_is_named_exists(self) -> None:
         """A test that is renamed or removed is missed here."""

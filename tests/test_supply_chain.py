@@ -23,17 +23,17 @@ _LONG: Final = {"faults", "live", "cancellation", "soak", "simulate", "mutation"
 _OTHERS: Final = [package for package in _LOCK["package"] if package["name"] != "goodstanding"]
 
 
-def _run(*words: str) -> "subprocess.CompletedProcess[str]":
+def _run(*words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        words, cwd=root(), env=clean_environment({}), capture_output=True, text=True, timeout=60, check=False
+        words, cwd=root(), env=clean_environment(variables), capture_output=True, text=True, timeout=60, check=False
     )
 
 
-def _make(*words: str) -> "subprocess.CompletedProcess[str]":
+def _make(*words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run make in the environment that there is, whatever it thinks of its age."""
     make = shutil.which("make")
     assert make is not None
-    return _run(make, "--silent", "--old-file=.venv/.ready", *words)
+    return _run(make, "--silent", "--old-file=.venv/.ready", *words, **variables)
 
 
 def test_every_file_has_a_hash() -> None:
@@ -84,8 +84,24 @@ def test_the_sbom_names_every_dependency(tmp_path: Path) -> None:
     versions = {f"{package['name']}@{package['version']}" for package in _OTHERS}
     assert named <= versions
     names = {name.partition("@")[0] for name in named}
+    assert names == _closure()
     assert {"asyncpg", "fastapi", "pyjwt", "cryptography", "redis", "uvicorn"} <= names
     assert not {"pytest", "ruff", "schemathesis", "atheris"} & names
+
+
+def _closure() -> set[str]:
+    """Name all that the lock says the product needs at run time, and what that needs, on whatever platform."""
+    packages = {package["name"]: package for package in _LOCK["package"]}
+    wanted = list(packages["goodstanding"]["dependencies"])
+    found: set[tuple[str, str | None]] = set()
+    while wanted:
+        one = wanted.pop()
+        package = packages[one["name"]]
+        for extra in (None, *one.get("extra", ())):
+            if (one["name"], extra) not in found:
+                found.add((one["name"], extra))
+                wanted += package.get("dependencies", []) if extra is None else package["optional-dependencies"][extra]
+    return {name for name, _ in found}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +116,7 @@ def test_the_sbom_names_every_dependency(tmp_path: Path) -> None:
     ],
 )
 def test_an_audit_fails_unless_nobody_can_be_asked(tmp_path: Path, told: str, code: int, expected: int) -> None:
-    """Whatever an advisory says is a finding; a request that was not answered is told, and is no reason to fail."""
+    """Whatever an advisory says is a finding; a request that was not answered is told, and fails in CI alone."""
     tool = tmp_path / "uv"
     tool.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{told}\nEND\nexit {code}\n")
     tool.chmod(0o755)
@@ -108,6 +124,10 @@ def test_an_audit_fails_unless_nobody_can_be_asked(tmp_path: Path, told: str, co
     assert expected == done.returncode, done.stdout + done.stderr
     assert told in done.stdout
     assert ("not audited" in done.stdout) is (expected == 0)
+    # Where nobody reads what is told, whatever is not audited fails.
+    unread = _make("audit", f"UV={tool}", CI="true")
+    assert 2 == unread.returncode
+    assert done.stdout == unread.stdout
 
 
 def test_an_audit_by_the_real_tool(tmp_path: Path) -> None:
@@ -132,6 +152,7 @@ def test_an_audit_by_the_real_tool(tmp_path: Path) -> None:
             done = _make("audit", f"UV={tool}")
             assert code == done.returncode, done.stdout + done.stderr
             assert expected in done.stdout
+            assert 2 == _make("audit", f"UV={tool}", CI="true").returncode
 
 
 def test_the_installer_has_hashes_too() -> None:
