@@ -114,6 +114,7 @@ FAULTS: Final[Sequence[Fault]] = (
         away=(),
         meters=("goodstanding_stale_served_total",),
         waits=_LOAD + ANSWERABLE,
+        flaps=3,
     ),
     replace(_POSTGRES, name="PostgreSQL: users locked", strike=postgres.users_locked, waits=_LOAD + ANSWERABLE),
     Fault("PostgreSQL: sessions locked", postgres.sessions_locked),
