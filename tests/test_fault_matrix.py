@@ -51,7 +51,8 @@ async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]
 async def test_a_fault_is_survived(made: Scene, name: str) -> None:
     """Right answers, no older than promised, one log line, a metric; how fast they come, `make faults` judges."""
     row = await run(_BY_NAME[name], made, timed=False)
-    assert not row.wrong, "\n".join([f"seed {_SEED}", *row.wrong[:10]])
+    found = [*row.wrong, *row.unexplained]
+    assert not found, "\n".join([f"seed {_SEED}", *found[:10]])
     assert row.recovered < _RECOVERY
 
 
@@ -89,7 +90,7 @@ async def test_planted_bugs_are_found(tmp_path: Path) -> None:
     """Somebody else's answer, one that no change drops, an error, a delay, none at all, now and then: each is seen."""
     async with scene(tmp_path, seed=_SEED, rate=_RATE, people=400, changed="bugs") as one:
         row = await run(replace(ORDINARY, seconds=2.0), one)
-    found = "\n".join((*row.wrong, *row.late))
+    found = "\n".join((*row.wrong, *row.unexplained, *row.late))
     for words in _FOUND:
         assert words in found
 
@@ -158,9 +159,9 @@ def test_no_outage_is_excused_that_nothing_explains() -> None:
     refused = replace(_CALM_ANSWERS[0], status=503, source="")
     stale = replace(_CALM_ANSWERS[0], source="stale")
     for outage in (refused, stale):
-        assert found(outage).wrong
-        assert not found(outage, lag=0.2).wrong
-        assert not found(outage, pressed=0.9).wrong
+        assert found(outage).unexplained
+        assert not found(outage, lag=0.2).unexplained
+        assert not found(outage, pressed=0.9).unexplained
         assert found(outage, 7, lag=0.2).wrong
         assert not found(outage).certain
     assert not found(replace(_CALM_ANSWERS[0], source="bypass")).wrong
@@ -177,7 +178,7 @@ def test_a_warning_comes_once() -> None:
     def wrong(*lines: str) -> list[str]:
         row = Row(ORDINARY)
         judge_logs(row, [Counter(lines)])
-        return row.wrong
+        return [*row.wrong, *row.unexplained]
 
     once = ("warning relay_interrupted OSError", "warning relay_interrupted TimeoutError", "warning http_unbounded")
     assert [] == wrong(*once)

@@ -62,7 +62,7 @@ async def _matrix(faults: Sequence[Fault], seed: int, rate: float) -> list[Row]:
 
 def _print(row: Row) -> None:
     print(cells(row), flush=True)
-    for line in (*row.before, *row.wrong[:10], *row.late[:10]):
+    for line in (*row.before, *row.wrong[:10], *row.unexplained[:10], *row.late[:10]):
         print(f"    {line}", flush=True)
 
 

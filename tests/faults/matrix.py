@@ -98,6 +98,8 @@ class Row:
     wrong: list[str] = field(default_factory=list)
     certain: bool = False
     """Whether some of what is wrong is a wrong answer, or an error in a log: nobody's lateness makes or excuses one."""
+    unexplained: list[str] = field(default_factory=list)
+    """What only a busy machine would explain, and this one was not seen to be busy: run again where times matter."""
     late: list[str] = field(default_factory=list)
     """What a busy machine may be to blame for."""
     attempts: int = 1
@@ -114,7 +116,7 @@ class Row:
     @property
     def kept(self) -> bool:
         """Whether everything held."""
-        return not self.wrong and not self.late
+        return not (self.wrong or self.unexplained or self.late)
 
 
 async def run(fault: Fault, scene: Scene, *, timed: bool = True) -> Row:
@@ -135,7 +137,7 @@ async def _attempts(fault: Fault, scene: Scene, *, timed: bool) -> Row:
     while not row.kept and not row.certain and row.attempts < most and (row.lag > _LAG if row.wrong else timed):
         before, row = row, await _run(fault, scene)
         row.attempts = before.attempts + 1
-        missed = [*before.wrong, *before.late]
+        missed = [*before.wrong, *before.unexplained, *before.late]
         row.before = (
             *before.before,
             f"attempt {before.attempts} missed {len(missed)}: {_pressed(before)}: {missed[0]}",
@@ -228,8 +230,10 @@ def judge_answers(row: Row, seen: Sequence[Seen], mended: float) -> None:
     row.late += excused
     # Only a machine that is seen to be busy explains that a second was not enough for PostgreSQL, and not often; where
     # the fault itself refuses, that it goes on to for a moment longer. Of a bypass, 50 ms of any machine are enough.
-    if outages > _EXCUSED * row.answers or (unexplained and not row.busy):
-        row.wrong.append(f"{outages} of {row.answers} answers are outages that are not allowed")
+    many = outages > _EXCUSED * row.answers
+    if many or (unexplained and not row.busy):
+        told = row.wrong if many else row.unexplained
+        told.append(f"{outages} of {row.answers} answers are outages that are not allowed")
     _judge_outcomes(row)
 
 
@@ -289,7 +293,7 @@ def judge_logs(row: Row, said: Sequence[Counter[str]]) -> None:
             state = level == "warning" or event.startswith(("dependency_back", "rate_limits"))
             if state and times > row.fault.flaps:
                 # A deadline that a busy machine misses looks like another outage.
-                (row.late if row.busy else row.wrong).append(f"process {process} logged {times} times {line}")
+                (row.late if row.busy else row.unexplained).append(f"process {process} logged {times} times {line}")
         for dependency in row.fault.away:
             for line in (f"warning dependency_away {dependency}", f"info dependency_back {dependency}"):
                 if not lines[line]:
