@@ -32,9 +32,9 @@ async def terminated(scene: Scene) -> AsyncIterator[None]:
     try:
         await eventually(lambda: sum(one.process == 0 for one in load.under_way) >= _UNDER_WAY)
         first.signal(signal.SIGTERM)
-        await eventually(lambda: first.process is None or first.process.poll() is not None)
     finally:
         await cable.slow(0.0)
+    await eventually(lambda: first.process is None or first.process.poll() is not None)
     try:
         yield
     finally:
