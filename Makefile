@@ -68,8 +68,6 @@ fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60
 mutation: .venv/.mutation ## change four modules in every small way, and tell which changes no test notices (ONLY='goodstanding.auth*')
 	@test -n "$(ONLY)" || rm -rf mutants
 	@$(BIN)/python -m tests.mutation --max-children $(or $(CHILDREN),2) $(if $(ONLY),'$(ONLY)')
-	@$(BIN)/mutmut results
-	@$(BIN)/mutmut results --all true | sed -nE 's/^ *goodstanding\.([a-z]+)\..*: (.*)/\1: \2/p' | sort | uniq -c
 
 check: lint types imports ## everything that reads the code without running it
 

@@ -1,14 +1,16 @@
 """How `make mutation` runs the tests, once for each of many small changes: quick ones first, and nothing is waited for.
 
-As a command it prepares their PostgreSQL, and runs mutmut with the arguments given.
+As a command it prepares their PostgreSQL, runs mutmut with the arguments given, and fails where too little was noticed.
 """
 
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +27,8 @@ _SERVERS: Final = {"valkey": 0.2, "postgres": 0.5, "nodes": 1.0}
 _SUSPICIOUS: Final = 35
 # A change that makes a test wait for what never comes is noticed after this, and four times what the test takes.
 _PATIENCE: Final = 8.0
+_NOTICED: Final = {"killed", "timeout", "segfault"}
+_ENOUGH: Final = 0.9
 
 
 def pytest_configure() -> None:
@@ -70,10 +74,31 @@ async def _prepare(prepared: Path) -> None:
         await make_template(server, "bare_template")
 
 
-if __name__ == "__main__":
+def judge(results: str) -> int:
+    """Tell which of mutmut's changes were not noticed, count them by module, and give 1 where they are too many."""
+    tried: dict[str, Counter[bool]] = defaultdict(Counter)
+    for name, module, status in re.findall(r"^ *(goodstanding\.(\w+)\..*): (.+)$", results, re.MULTILINE):
+        if status != "not checked":
+            tried[module][status in _NOTICED] += 1
+            if status not in _NOTICED:
+                print(f"{name}: {status}")
+    for module, counts in sorted(tried.items()):
+        print(f"{module}: {counts[True]} of {counts.total()} changes were noticed, {counts[True] / counts.total():.1%}")
+    enough = tried and all(counts[True] >= _ENOUGH * counts.total() for counts in tried.values())
+    print(f"at least {_ENOUGH:.0%} of each module must be: {'so it is' if enough else 'MISSED'}")
+    return 0 if enough else 1
+
+
+def _main() -> int:
     folder = Path("mutants/postgres").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     asyncio.run(_prepare(folder))
     mutmut = str(Path(sys.executable).with_name("mutmut"))
-    os.execv(mutmut, [mutmut, "run", *sys.argv[1:]])  # noqa: S606 - ours
+    code = subprocess.run([mutmut, "run", *sys.argv[1:]], check=False).returncode
+    told = subprocess.run([mutmut, "results", "--all", "true"], check=True, capture_output=True, text=True).stdout
+    return judge(told) or code
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

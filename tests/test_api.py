@@ -465,7 +465,8 @@ class TestHealth:
         assert (200, {"status": "alive"}) == (answer.status_code, answer.json())
 
     def test_ready(self, client: httpx2.Client) -> None:
-        """With both dependencies there the service is ready."""
+        """With both dependencies there the service is ready, as soon as a relay leads."""
+        wait_until(lambda: client.get("/health/ready").json()["status"] == "ready")
         answer = client.get("/health/ready")
         assert (200, {"status": "ready", "degraded": []}) == (answer.status_code, answer.json())
 

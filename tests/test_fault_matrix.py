@@ -69,10 +69,14 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("bug", "found"),
-    [("lease kept", " leases were not given up"), ("connection kept", "process 0 did not run 10 loads")],
+    [
+        ("lease kept", " leases were not given up"),
+        ("connection kept", "process 0 did not run 10 loads"),
+        ("stream kept", " open streams"),
+    ],
 )
 async def test_what_is_left_behind_is_found(made: Scene, monkeypatch: pytest.MonkeyPatch, bug: str, found: str) -> None:
-    """Every other load keeps its lease, or one keeps its connection to PostgreSQL: nothing else is found."""
+    """Every other lease stays, one connection to PostgreSQL, or every other stream: that is found, and nothing else."""
     one = made.served[0]
     with monkeypatch.context() as patch:
         patch.setattr(one, "program", changed_program(bug))

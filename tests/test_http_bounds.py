@@ -103,7 +103,7 @@ def _serving() -> Iterator[uvicorn.Server]:
                 log_config=None,
                 http=BoundedProtocol,
                 timeout_keep_alive=1,
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=4,
             )
         )
         running.config.port = listener.getsockname()[1]
@@ -415,6 +415,40 @@ class TestNumber:
             slow.release()
             text = _read(connection)
         assert 501 == text.count(b"HTTP/1.1 200 OK")
+
+    def test_an_idle_connection_lives_on_for_one_more_request(self) -> None:
+        """It is answered, says that it is the last, and the connection ends; also where it comes in pieces."""
+        for pieces in ((_GET,), (_GET[:10], _GET[10:])):
+            with _serving() as server, _observed(server) as (connection, protocol):
+                connection.sendall(_GET)
+                assert 200 == _answer(connection).status
+                server.should_exit = True
+                wait_until(lambda protocol=protocol: protocol._stopping)  # noqa: SLF001 - nothing else tells
+                for piece in pieces:
+                    connection.sendall(piece)
+                    time.sleep(0.05)
+                text = _read(connection)
+            assert text.startswith(b"HTTP/1.1 200 OK")
+            assert b"\r\nconnection: close\r\n" in text
+
+    def test_a_connection_that_stays_idle_is_closed_without_a_word(self) -> None:
+        """New, or used before."""
+        for requests in (0, 1):
+            with _serving() as server, _observed(server) as (connection, protocol):
+                for _ in range(requests):
+                    connection.sendall(_GET)
+                    assert 200 == _answer(connection).status
+                server.should_exit = True
+                wait_until(lambda protocol=protocol: protocol._stopping)  # noqa: SLF001 - nothing else tells
+                assert not _read(connection)
+
+    def test_a_request_that_does_not_go_on_is_refused_before_the_server_stops(self) -> None:
+        """It has a second, and not the eight that it has on other days."""
+        with _serving() as server, _observed(server) as (connection, protocol):
+            connection.sendall(_GET[:10])
+            wait_until(lambda: protocol._arrival is not None)  # noqa: SLF001 - nothing else tells
+            server.should_exit = True
+            assert _read(connection).startswith(b"HTTP/1.1 408 ")
 
 
 def _head(length: int) -> bytes:

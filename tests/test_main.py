@@ -1,17 +1,11 @@
 """The wiring: the application alone, inside a host's application, as a process, and without its servers."""
 
-import signal
-import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import IO
 
 import httpx2
 import pytest
-import redis
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -400,94 +394,3 @@ class TestProcesses:
             told, _ = process.communicate(timeout=30)
         assert (2, 1) == (process.returncode, told.count("\n"))
         assert told.startswith("goodstanding: GOODSTANDING_POLICY: ")
-
-    def test_workers_add_up_and_end_with_sigterm(self, backend: Backend, tmp_path: Path) -> None:
-        """Whichever worker is asked for metrics, it tells those of all; SIGTERM ends them all and leaves nothing."""
-        port = free_port()
-        variables = {
-            **environment_of(backend.settings()),
-            "GOODSTANDING_METRICS_PUBLIC": "true",
-            "TMPDIR": str(tmp_path),
-        }
-        with command("goodstanding", "serve", "--workers", "2", "--port", str(port), environment=variables) as process:
-            assert process.stdout is not None
-            _read_until(process.stdout, "Application startup complete.", times=2)
-            reads = 24
-            for _ in range(reads):
-                # A connection each, so that both workers get some.
-                answer = httpx2.get(f"http://127.0.0.1:{port}{SINGLE.format(NIL)}", headers=bearer())
-                assert 404 == answer.status_code
-            for _ in range(6):
-                told = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
-                counted = [
-                    float(line.rpartition(" ")[2])
-                    for line in told.splitlines()
-                    if line.startswith("goodstanding_http_request_seconds_count") and 'status="404"' in line
-                ]
-                assert float(reads) == sum(counted)
-            assert list(tmp_path.glob("goodstanding-metrics-*/*.db"))
-            process.send_signal(signal.SIGTERM)
-            assert 0 == process.wait(30)
-        assert [] == list(tmp_path.glob("goodstanding-metrics-*"))
-
-    @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_ends_serve_in_order(self, backend: Backend, tmp_path: Path, ending: signal.Signals) -> None:
-        """SIGTERM and Ctrl-C end `serve` with status 0, without a traceback and without leftovers."""
-        port = free_port()
-        variables = environment_of(backend.settings()) | {"TMPDIR": str(tmp_path), "PORT": str(port)}
-        with command("goodstanding", "serve", environment=variables) as process:
-            assert process.stdout is not None
-            wait_until(lambda: _listens(port))
-            assert 200 == httpx2.get(f"http://127.0.0.1:{port}/health/ready").status_code
-            # One worker keeps nothing on disk, so a process that is killed leaves nothing.
-            assert [] == [*tmp_path.iterdir()]
-            process.send_signal(ending)
-            told, _ = process.communicate(timeout=30)
-            assert 0 == process.returncode
-        assert "Application shutdown complete." in told
-        assert "Traceback" not in told
-        assert [] == [*tmp_path.iterdir()]
-
-    def test_what_is_under_way_is_answered_first(
-        self, backend: Backend, postgres: Postgres, valkey: Valkey, tmp_path: Path
-    ) -> None:
-        """A request that waits for PostgreSQL when SIGTERM comes still gets its answer."""
-        port, user = free_port(), backend.user(completed=1)
-        variables = environment_of(backend.settings()) | {
-            "GOODSTANDING_LOAD_DEADLINE_MS": "9000",
-            "PORT": str(port),
-            "TMPDIR": str(tmp_path),
-        }
-        with (
-            command("goodstanding", "serve", environment=variables) as process,
-            redis.Redis.from_url(valkey.url()) as store,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            assert process.stdout is not None
-            wait_until(lambda: _listens(port))
-            postgres.pause()
-            try:
-                url = f"http://127.0.0.1:{port}{SINGLE.format(user)}"
-                answer = pool.submit(httpx2.get, url, headers=bearer(), timeout=30)
-                wait_until(lambda: bool(store.exists(f"{{reputation:user:{user}}}:lease")))
-                process.send_signal(signal.SIGTERM)
-                _read_until(process.stdout, "Shutting down")
-            finally:
-                postgres.resume()
-            assert 1 == answer.result(30).json()["score"]
-            assert 0 == process.wait(30)
-
-
-def _listens(port: int) -> bool:
-    """Tell whether a server takes connections; what it prints comes before that."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
-
-
-def _read_until(stream: IO[str], text: str, *, times: int = 1) -> None:
-    for line in stream:
-        times -= text in line
-        if times == 0:
-            return
-    pytest.fail(f"the process ended before it said: {text}")

@@ -3,31 +3,26 @@
 import asyncio
 import json
 import signal
-import socket
 import sys
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from goodstanding import doctor as doctor_checks
-from goodstanding import logs, tallies
+from goodstanding import logs, server, tallies
 from goodstanding import migrate as migrations
 from goodstanding.data import BadgeColor, parse_user_id
 from goodstanding.entry import body
 from goodstanding.errors import ConfigurationError, GoodstandingError, TemporarilyUnavailableError
 from goodstanding.main import create_served_app, open_relay, open_service
-from goodstanding.metrics import shared_folder
 from goodstanding.reputation_service import MOST_USERS, Answer, Source
 from goodstanding.settings import Settings, load_settings
 
@@ -40,7 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_ACCEPTED_AT_ONCE: Final = 16
 _out = Console()
 _err = Console(stderr=True)
 _BADGES: Final = {BadgeColor.GOLD: "bold yellow", BadgeColor.GREEN: "bold green", BadgeColor.RED: "bold red"}
@@ -113,60 +107,8 @@ def serve(
                 "over connections that keep their session"
             )
             raise ConfigurationError(message)
-    _allow_open_files()
-    # uvicorn ends in order and then raises the signal again; by default that would skip what is cleaned up here.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with shared_folder() if workers > 1 else nullcontext():
-        config = uvicorn.Config(
-            served if workers == 1 else "goodstanding.main:create_served_app",
-            factory=workers > 1,
-            host=host,
-            port=port,
-            workers=workers,
-            http=_http_protocol(),
-            access_log=False,
-            log_config=None,
-            # X-Forwarded-For is believed by GOODSTANDING_TRUSTED_PROXIES alone.
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=10,
-            # By default a worker that does not answer for 5 s is killed; on a busy machine its start may take longer,
-            # and it would be killed again and again.
-            timeout_worker_healthcheck=60,
-        )
-        with suppress(KeyboardInterrupt):
-            if workers > 1:
-                Multiprocess(config, _listening(config)).run()
-            else:
-                server = uvicorn.Server(config)
-                server.run(_listening(config))
-                if not server.started:
-                    raise typer.Exit(STARTUP_FAILURE)
-
-
-def _listening(config: uvicorn.Config) -> list[socket.socket]:
-    """Bind the one address, as often as a turn of the loop shall accept a connection.
-
-    uvloop accepts one for each socket in each turn; under load a turn is long, and whoever comes would wait for many.
-    """
-    bound = config.bind_socket()
-    return [bound, *(bound.dup() for _ in range(_ACCEPTED_AT_ONCE - 1 if find_spec("uvloop") is not None else 0))]
-
-
-def _http_protocol() -> str:
-    """Name the server's HTTP protocol: ours where httptools is there, else what the server chooses."""
-    return "goodstanding.http_protocol:HotProtocol" if find_spec("httptools") is not None else "auto"
-
-
-def _allow_open_files() -> None:
-    """Raise the soft limit of open files to the hard one: every stream is one, and 1024 is a common default."""
-    if sys.platform != "win32":
-        import resource  # noqa: PLC0415 - not on every platform
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # macOS takes no infinity here.
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if not server.serve(served, factory="goodstanding.main:create_served_app", host=host, port=port, workers=workers):
+        raise typer.Exit(STARTUP_FAILURE)
 
 
 @app.command()

@@ -36,6 +36,8 @@ _PIECE: Final = 2048
 _REQUEST_SECONDS: Final = 8.0
 _LINGER_SECONDS: Final = 1.0
 _STALL_SECONDS: Final = 30.0
+_LAST_SECONDS: Final = 1.0
+"""How long a request may still take to arrive once the server ends."""
 _LATE_SECONDS: Final = 0.5
 _MOMENT_SECONDS: Final = 0.05
 _USED: Final = (
@@ -146,10 +148,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._see_to_the_end()
 
     def shutdown(self) -> None:
-        """Close the connection once everything that was read is answered."""
+        """Close the connection once everything that was read is answered, and what is on its way.
+
+        Whoever has sent a request, or half of one, could not know of the end: an idle connection lives on for a moment,
+        and the next request over it is answered, and is the last.
+        """
         self._stopping = True
-        if not self._held:
+        if self._held:
+            return
+        if not self._bounded or self._refusal is not None or not self._is_answered():
             super().shutdown()
+        elif self._begun != self._completed:
+            self._wait(_LAST_SECONDS)
+        else:
+            self._arrival = self.loop.call_later(_LAST_SECONDS, self._close)
 
     def _go_on(self) -> None:
         """Parse what is held, in pieces, until a request waits."""
@@ -201,13 +213,13 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.flow.held:
             self._release()
-            if self._stopping:
-                self.shutdown()
         if not arriving:
             self._arrived()
         elif self._timed != self._begun:
             self._timed = self._begun
-            self._wait(_REQUEST_SECONDS)
+            self._wait(_LAST_SECONDS if self._stopping else _REQUEST_SECONDS)
+        if self._stopping and not self._is_answered():
+            super().shutdown()
 
     def _hold(self) -> None:
         self.flow.held = True

@@ -99,12 +99,12 @@ class HotProtocol(BoundedProtocol):
             self.data_received(bytes(early))
         else:
             self._see_to_the_end()
-        if self._stopping:
-            self.shutdown()
 
     def shutdown(self) -> None:
         """Close the connection once what is under way is answered."""
         self._stopping = True
+        # The server's own way ends the connection behind its answer.
+        self._lane = None
         if self._waiting is None:
             super().shutdown()
 

@@ -39,6 +39,8 @@ _EXCUSED: Final = 0.001
 _STEADY: Final = 30
 """Looks, five a second, that see the same number: longer than the server keeps an idle connection."""
 _KEPT_ALIVE_SECONDS: Final = 5.0
+_STREAMS: Final = "goodstanding_streams"
+_ENDED: Final = "goodstanding_streams_ended_total"
 _BUSY: Final = (
     "select count(*) filter (where state <> 'idle'), count(*) from pg_stat_activity"
     " where datname = current_database() and application_name = 'goodstanding'"
@@ -48,18 +50,20 @@ _PAGE: Final = """\
 # Requests that vanish
 
 `make cancellation REQUESTS={requests}` (seed {seed}): requests to two processes, fifty at a time, of which a third are
-given up at a random point: within the request, while it is answered, or within the answer.
+given up at a random point: within the request, while it is answered, or within the answer. Those are reads, streams
+and invalidations; of the others, which are reads, every answer is judged.
 
 | | |
 |---|---|
 | vanished | {vanished} |
+| streams that had been opened | {streams} |
 | answered, by status | {statuses} |
 | file descriptors of each process before | {before} |
 | after | {after} |
 
 A load goes on without whoever asked for it, and gives up its lease: next to none may run out. Afterwards there must be
-no lease in Redis once the deadline of a load has passed, no busy connection to PostgreSQL, no file descriptor more than
-before, and each process must run as many loads at once as it has connections.
+no lease in Redis once the deadline of a load has passed, no busy connection to PostgreSQL, no open stream, no file
+descriptor more than before, and each process must run as many loads at once as it has connections.
 
 {found}
 """
@@ -71,6 +75,8 @@ class Outcome:
 
     answered: int = 0
     vanished: int = 0
+    streams: int = 0
+    """So many streams had been opened, and have ended."""
     statuses: Counter[int] = field(default_factory=Counter)
     descriptors: tuple[Sequence[int], Sequence[int]] = ((), ())
     """Of each process, before and after."""
@@ -87,6 +93,7 @@ async def run(made: Scene, requests: int) -> Outcome:
         await _send(made, requests, outcome)
         await _check_leases(made, outcome)
         await _check_connections(made, outcome)
+        await _check_streams(made, outcome)
     if len(leases) > max(_FEW, _EXCUSED * requests):
         outcome.wrong.append(f"{len(leases)} leases were not given up, and ran out: {leases[:5]!r}")
     outcome.descriptors = before, await _settled(made, at_most=before)
@@ -110,7 +117,7 @@ async def _send(made: Scene, requests: int, outcome: Outcome) -> None:
             if load.rng.random() < _VANISH:
                 outcome.vanished += 1
                 with suppress(OSError):
-                    await vanish(load.rng.choice(made.served).port, load.request()[2], load.rng)
+                    await vanish(load.rng.choice(made.served).port, load.request_of_any_kind(), load.rng)
                 continue
             await load.one()
             seen = load.seen.pop()
@@ -174,6 +181,26 @@ async def _check_connections(made: Scene, outcome: Outcome) -> None:
         outcome.wrong.append(f"{found[0]} connections to PostgreSQL are still busy")
     if found[1] > PROCESSES * _POOL:
         outcome.wrong.append(f"{found[1]} connections to PostgreSQL, of {PROCESSES * _POOL} at most")
+
+
+async def _check_streams(made: Scene, outcome: Outcome) -> None:
+    """Nobody listens any more, so no stream is open, and each that was begun has ended."""
+    metrics: Sequence[dict[str, float]] = ()
+
+    async def are_closed() -> bool:
+        nonlocal metrics
+        metrics = await made.metrics()
+        return not any(one[_STREAMS] for one in metrics)
+
+    try:
+        await eventually(are_closed, within=_LEASE_SECONDS + _SLACK)
+    except AssertionError:
+        outcome.wrong += [
+            f"process {process} has {one[_STREAMS]:.0f} open streams" for process, one in enumerate(metrics)
+        ]
+    outcome.streams = int(sum(value for one in metrics for name, value in one.items() if name.startswith(_ENDED)))
+    if not outcome.streams:
+        outcome.wrong.append("no stream was ever open")
 
 
 async def _check_loads(made: Scene, outcome: Outcome) -> None:
@@ -242,6 +269,7 @@ def _report(outcome: Outcome, *, seed: int) -> str:
         requests=outcome.answered + outcome.vanished,
         seed=seed,
         vanished=outcome.vanished,
+        streams=outcome.streams,
         statuses=", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items())),
         before=f"{first} and {second}",
         after=f"{first_after} and {second_after}",

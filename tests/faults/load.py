@@ -19,12 +19,15 @@ from tests.conftest import connect
 from tests.faults.oracle import CHANGE, COUNT, STEP, Finding, Oracle, Person
 from tests.live import OUTAGES, PROMISED, Line, Served
 from tests.parts import eventually
-from tests.serving import BATCH, SINGLE, token
+from tests.serving import BATCH, INVALIDATE, SINGLE, token
+from tests.streaming import STREAM
 
 _CALLERS: Final = 20
 _HOT: Final = 20
 _WARM: Final = 200
 _A_BATCH: Final = 10
+_A_STREAM: Final = 3
+_NEVER: Final = 4_000_000_000
 _UNKNOWN: Final = 50
 _MOST_LINES: Final = 100
 """Connections to one process; who cannot be served by it asks another one."""
@@ -34,6 +37,7 @@ _RESET_SECONDS: Final = 0.05
 _CLOSED: Final = 7
 """TCP_CLOSE of Linux: what a connection is that was reset."""
 _KINDS: Final = {"single": 84, "past the cache": 4, "batch": 8, "unknown": 4}
+_OF_ANY_KIND: Final = {"read": 88, "stream": 8, "invalidation": 4}
 _TIERS: Final = (50, 30, 20)
 """How often the hot, the warm and the cold are asked for."""
 _SOURCES: Final = {
@@ -110,10 +114,7 @@ class Load:
     def __post_init__(self) -> None:
         self._idle = [deque() for _ in self.served]
         self._open = [0 for _ in self.served]
-        self._heads = [
-            f" HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token(exp=4_000_000_000)}\r\n"
-            for _ in range(_CALLERS)
-        ]
+        self._heads = [_head(token(exp=_NEVER)) for _ in range(_CALLERS)]
         self._unknown = [str(UUID(int=self.rng.getrandbits(128), version=4)) for _ in range(_UNKNOWN)]
 
     @property
@@ -224,6 +225,17 @@ class Load:
     def past_the_cache(self, person: Person) -> bytes:
         """Give the bytes of a request that PostgreSQL must answer."""
         return self._bytes("past the cache", [person])
+
+    def request_of_any_kind(self) -> bytes:
+        """Make up the bytes of a request whose answer nobody judges: a read, a stream of some, an invalidation."""
+        kind = self.rng.choices(list(_OF_ANY_KIND), list(_OF_ANY_KIND.values()))[0]
+        if kind == "read":
+            return self.request()[2]
+        if kind == "invalidation":
+            head = _head(token("service_role", exp=_NEVER))
+            return f"POST {INVALIDATE.format(self.some().user)}{head}Content-Length: 0\r\n\r\n".encode()
+        users = "&".join(f"user_id={self.some().user}" for _ in range(_A_STREAM))
+        return f"GET {STREAM}?{users}{self.rng.choice(self._heads)}\r\n".encode()
 
     async def one(self) -> None:
         """Ask once, and judge the answer."""
@@ -349,6 +361,10 @@ class Load:
             for person, answer in zip(people, answers, strict=True)
         ]
         return max(findings, key=lambda finding: (finding.wrong, finding.behind))
+
+
+def _head(bearer: str) -> str:
+    return f" HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {bearer}\r\n"
 
 
 def _source(head: bytes) -> str:

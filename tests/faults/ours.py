@@ -5,7 +5,7 @@ import json
 import random
 import resource
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime, timedelta
 
@@ -71,7 +71,7 @@ async def clients_vanish(scene: Scene) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(0.01)
             with suppress(OSError):
-                await vanish(scene.rng.choice(scene.served).port, scene.load.request()[2], scene.rng)
+                await vanish(scene.rng.choice(scene.served).port, scene.load.request_of_any_kind(), scene.rng)
 
     async with background() as spawn:
         spawn(come_and_go())
@@ -88,21 +88,23 @@ async def vanish(port: int, request: bytes, rng: random.Random) -> None:
 
 
 @asynccontextmanager
-async def _clock_moved(scene: Scene, there: signal.Signals, back: signal.Signals) -> AsyncIterator[None]:
-    before = [await _told_at(scene, process) for process in range(len(scene.served))]
+async def _clock_moved(
+    scene: Scene, processes: Sequence[int], there: signal.Signals, back: signal.Signals
+) -> AsyncIterator[None]:
+    before = [await _told_at(scene, process) for process in processes]
 
     async def are_moved() -> bool:
-        now = [await _told_at(scene, process) for process in range(len(scene.served))]
+        now = [await _told_at(scene, process) for process in processes]
         return all(abs(moment - was) > _HALF_A_DAY for moment, was in zip(now, before, strict=True))
 
-    for one in scene.served:
-        one.signal(there)
+    for process in processes:
+        scene.served[process].signal(there)
     try:
         await eventually(are_moved)
         yield
     finally:
-        for one in scene.served:
-            one.signal(back)
+        for process in processes:
+            scene.served[process].signal(back)
 
 
 async def _told_at(scene: Scene, process: int) -> datetime:
@@ -115,14 +117,24 @@ async def _told_at(scene: Scene, process: int) -> datetime:
 @asynccontextmanager
 async def clock_ahead(scene: Scene) -> AsyncIterator[None]:
     """Move the wall clock of both processes a day ahead, and back."""
-    async with _clock_moved(scene, signal.SIGUSR1, signal.SIGUSR2):
+    async with _clock_moved(scene, (0, 1), signal.SIGUSR1, signal.SIGUSR2):
         yield
 
 
 @asynccontextmanager
 async def clock_back(scene: Scene) -> AsyncIterator[None]:
     """Move the wall clock of both processes a day back, and ahead."""
-    async with _clock_moved(scene, signal.SIGUSR2, signal.SIGUSR1):
+    async with _clock_moved(scene, (0, 1), signal.SIGUSR2, signal.SIGUSR1):
+        yield
+
+
+@asynccontextmanager
+async def clocks_apart(scene: Scene) -> AsyncIterator[None]:
+    """Move the wall clock of one process a day ahead and that of the other a day back, and both to where they were."""
+    async with (
+        _clock_moved(scene, (0,), signal.SIGUSR1, signal.SIGUSR2),
+        _clock_moved(scene, (1,), signal.SIGUSR2, signal.SIGUSR1),
+    ):
         yield
 
 

@@ -289,6 +289,7 @@ def environment(database_url: str, redis_url: str) -> dict[str, str]:
         "GOODSTANDING_JWT_SECRET": SECRET,
         "GOODSTANDING_METRICS_PUBLIC": "true",
         "GOODSTANDING_READ_LIMIT_PER_MINUTE": "1000000",
+        "GOODSTANDING_ADMIN_LIMIT_PER_MINUTE": "1000000",
         "GOODSTANDING_CACHE_TTL_SECONDS": "6",
         "GOODSTANDING_LOG_FORMAT": "json",
     }

@@ -21,6 +21,7 @@ from goodstanding.cache import RedisCache
 from goodstanding.connections import Connections
 from goodstanding.http_protocol import HotProtocol
 from goodstanding.reputation_service import ReputationService
+from goodstanding.subscribers import Subscribers
 
 _SELDOM: Final = 0.08
 _OFTEN: Final = 0.5
@@ -134,6 +135,16 @@ def _keep_a_connection_once() -> None:
     Connections.give_back = keep  # type: ignore[method-assign] # a bug
 
 
+def _keep_streams() -> None:
+    close = Subscribers.close
+
+    def keep(self: Subscribers, *words: Any) -> None:  # noqa: ANN401 - the product's
+        if random.random() < _OFTEN:  # noqa: S311 - a bug
+            close(self, *words)
+
+    Subscribers.close = keep  # type: ignore[method-assign] # a bug
+
+
 def _plant_bugs() -> None:
     for plant in (_mix_people_up, _drop_nothing, _fail_seldom, _wait_seldom, _hang_seldom, _drop_seldom):
         plant()
@@ -146,6 +157,7 @@ CHANGED: Final[dict[str, Callable[[], None]]] = {
     "mixed": _mix_people_up,
     "lease kept": _keep_leases,
     "connection kept": _keep_a_connection_once,
+    "stream kept": _keep_streams,
 }
 
 if __name__ == "__main__":
