@@ -82,9 +82,11 @@ async def test_what_is_left_behind_is_found(made: Scene, monkeypatch: pytest.Mon
         patch.setattr(one, "program", changed_program(bug))
         await one.kill()
         await one.start()
-    outcome = await cancellation.run(made, 1500)
-    await one.kill()
-    await one.start()
+    try:
+        outcome = await cancellation.run(made, 1500)
+    finally:
+        await one.kill()
+        await one.start()
     assert outcome.wrong
     assert all(found in line for line in outcome.wrong)
 

@@ -190,13 +190,13 @@ async def _check_streams(made: Scene, outcome: Outcome) -> None:
     async def are_closed() -> bool:
         nonlocal metrics
         metrics = await made.metrics()
-        return not any(one[_STREAMS] for one in metrics)
+        return all(one.get(_STREAMS) == 0.0 for one in metrics)
 
     try:
         await eventually(are_closed, within=_LEASE_SECONDS + _SLACK)
     except AssertionError:
         outcome.wrong += [
-            f"process {process} has {one[_STREAMS]:.0f} open streams" for process, one in enumerate(metrics)
+            f"process {process} has {one.get(_STREAMS)} open streams" for process, one in enumerate(metrics)
         ]
     outcome.streams = int(sum(value for one in metrics for name, value in one.items() if name.startswith(_ENDED)))
     if not outcome.streams:
