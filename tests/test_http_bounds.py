@@ -133,6 +133,12 @@ def _observed(server: uvicorn.Server) -> Iterator[tuple[socket.socket, BoundedPr
         yield connection, protocol
 
 
+def _end(server: uvicorn.Server, protocol: BoundedProtocol) -> None:
+    """Tell the server to end, and wait until a connection knows."""
+    server.should_exit = True
+    wait_until(lambda: protocol._stopping)  # noqa: SLF001 - nothing else tells
+
+
 def _read(connection: socket.socket) -> bytes:
     """Read until the server closes."""
     with connection.makefile("rb") as stream:
@@ -410,8 +416,7 @@ class TestNumber:
         with _serving() as server, _observed(server) as (connection, protocol):
             connection.sendall(_SLOW + _GET * 500)
             wait_until(lambda: len(protocol._held) > 10_000)  # noqa: SLF001 - nothing else tells
-            server.should_exit = True
-            wait_until(lambda: protocol._stopping)  # noqa: SLF001 - nothing else tells
+            _end(server, protocol)
             slow.release()
             text = _read(connection)
         assert 501 == text.count(b"HTTP/1.1 200 OK")
@@ -422,8 +427,7 @@ class TestNumber:
             with _serving() as server, _observed(server) as (connection, protocol):
                 connection.sendall(_GET)
                 assert 200 == _answer(connection).status
-                server.should_exit = True
-                wait_until(lambda protocol=protocol: protocol._stopping)  # noqa: SLF001 - nothing else tells
+                _end(server, protocol)
                 for piece in pieces:
                     connection.sendall(piece)
                     time.sleep(0.05)
@@ -438,8 +442,7 @@ class TestNumber:
                 for _ in range(requests):
                     connection.sendall(_GET)
                     assert 200 == _answer(connection).status
-                server.should_exit = True
-                wait_until(lambda protocol=protocol: protocol._stopping)  # noqa: SLF001 - nothing else tells
+                _end(server, protocol)
                 assert not _read(connection)
 
     def test_a_request_that_does_not_go_on_is_refused_before_the_server_stops(self) -> None:

@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg, return-value] # as the server itself does
+        return self.config.http_protocol_class(  # type: ignore[call-arg] # as the server itself does
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
