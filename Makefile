@@ -6,7 +6,7 @@ UV := $(BIN)/uv
 SBOM := dist/sbom.cdx.json
 
 .DEFAULT_GOAL := help
-.PHONY: help run test again coverage quick live faults cancellation soak simulate fuzz mutation check lint types imports format bench bench-check growth audit sbom alerts clean
+.PHONY: help run test again coverage quick live faults cancellation soak contract simulate fuzz mutation check lint types imports format bench bench-check growth audit sbom alerts clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -49,6 +49,9 @@ cancellation: .venv/.ready ## send requests of which a third vanish, and look fo
 soak: .venv/.ready ## an hour of load, and a fault every minute (MINUTES=60)
 	@$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --report docs/reference/soak.md
 
+contract: .venv/.ready ## let schemathesis try the whole OpenAPI document, from a random seed (EXAMPLES=200)
+	@GOODSTANDING_EXAMPLES=$(or $(EXAMPLES),200) $(BIN)/python -m pytest tests/test_openapi.py
+
 simulate: .venv/.ready ## simulate the fleet under every fault on virtual time, from random seeds (SEEDS=1000)
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000)
 
@@ -65,7 +68,7 @@ fuzz: .venv/.fuzz ## let a fuzzer look for bytes that break a parser (SECONDS=60
 	@touch $@
 
 # Without ONLY all of it, anew; with it, these changes again, the others as they were.
-mutation: .venv/.mutation ## change four modules in every small way, and tell which changes no test notices (ONLY='goodstanding.auth*')
+mutation: .venv/.mutation ## change four modules in every small way, and tell which changes no test notices; below nine in ten it fails (ONLY='goodstanding.auth*')
 	@test -n "$(ONLY)" || rm -rf mutants
 	@$(BIN)/python -m tests.mutation --max-children $(or $(CHILDREN),2) $(if $(ONLY),'$(ONLY)')
 

@@ -1,6 +1,8 @@
 """schemathesis over the whole OpenAPI document, with all of its checks, against `goodstanding serve`."""
 
+import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +21,13 @@ from tests.serving import (
 )
 
 _OPERATIONS: Final = 9
+_EXAMPLES: Final = os.environ.get("GOODSTANDING_EXAMPLES", "")
+_EFFORT: Final = (
+    ("--max-examples", _EXAMPLES, "--seed", str(secrets.randbelow(2**31)))
+    if _EXAMPLES
+    else ("--max-examples", "5", "--seed", "1")
+)
+_MOST_SECONDS: Final = 3600 if _EXAMPLES else 250
 _PLENTY: Final = {
     "GOODSTANDING_READ_LIMIT_PER_MINUTE": "1000000",
     "GOODSTANDING_ADMIN_LIMIT_PER_MINUTE": "1000000",
@@ -34,20 +43,21 @@ def backend(postgres: Postgres, valkey: Valkey, template: str) -> Iterator[Backe
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_schemathesis_finds_nothing(backend: Backend, tmp_path: Path) -> None:
+@pytest.mark.timeout(_MOST_SECONDS + 60)
+@pytest.mark.parametrize("role", ["service_role", "authenticated"])
+def test_schemathesis_finds_nothing(backend: Backend, tmp_path: Path, role: str) -> None:
     """Whatever it makes of the document, valid or not, in any order: statuses, bodies, headers, rights are as told."""
     user, match = backend.match(completed=3)
     port = free_port()
     environment = environment_of(backend.settings()) | _PLENTY
-    known = {"KNOWN_USER_ID": user, "KNOWN_SESSION_ID": backend.session(match, "no_show")}
+    known = {"KNOWN_USER_ID": user, "KNOWN_SESSION_ID": backend.session(match, "no_show"), "ROLE": role}
     hooks = {"SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "PYTHONPATH": str(root()), "TMPDIR": str(tmp_path)}
-    run = ["schemathesis", "run", f"http://127.0.0.1:{port}/openapi.json", "--checks", "all", "--max-examples", "5"]
+    run = ["schemathesis", "run", f"http://127.0.0.1:{port}/openapi.json", "--checks", "all"]
     with (
         client_of_command("goodstanding", "serve", "--port", str(port), port=port, environment=environment),
-        command(*run, "--seed", "1", environment=environment | known | hooks, folder=tmp_path) as process,
+        command(*run, *_EFFORT, environment=environment | known | hooks, folder=tmp_path) as process,
     ):
-        told, _ = process.communicate(timeout=250)
+        told, _ = process.communicate(timeout=_MOST_SECONDS)
     assert 0 == process.returncode, told
     assert f"{_OPERATIONS} selected / {_OPERATIONS} total" in told
     assert re.search(r"No issues found in", told), told

@@ -19,7 +19,7 @@ from tests.serving import clean_environment, root, serving
 _UV: Final = Path(sys.executable).with_name("uv")
 _LOCK: Final[dict[str, Any]] = tomllib.loads((root() / "uv.lock").read_text("utf-8"))
 _WORKFLOWS: Final = sorted((root() / ".github" / "workflows").glob("*.yml"))
-_LONG: Final = {"faults", "live", "cancellation", "soak", "simulate", "mutation"}
+_LONG: Final = {"faults", "live", "cancellation", "soak", "contract", "simulate", "mutation"}
 _OTHERS: Final = [package for package in _LOCK["package"] if package["name"] != "goodstanding"]
 
 
