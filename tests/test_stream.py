@@ -276,6 +276,25 @@ class TestRefusals:
 class TestEnds:
     """How a stream ends."""
 
+    def test_with_a_client_that_goes_before_the_first_value(
+        self, backend: Backend, postgres: Postgres, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its place is free at once, and nothing is an error: everybody could write into the log by it."""
+        user, before = backend.user(), metric("goodstanding_streams")
+        head = f"GET {STREAM}?user_id={user} HTTP/1.1\r\nHost: a\r\nAuthorization: {bearer()['Authorization']}\r\n\r\n"
+        with serving(create_app(backend.settings(load_deadline_ms=9000))) as url:
+            address = httpx2.URL(url)
+            postgres.pause()
+            try:
+                with socket.create_connection((address.host, address.port or 80)) as connection:
+                    connection.sendall(head.encode())
+                    wait_until(lambda: metric("goodstanding_streams") == before + 1)
+                time.sleep(0.2)
+            finally:
+                postgres.resume()
+            wait_until(lambda: metric("goodstanding_streams") == before)
+        assert [] == [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
+
     def test_with_the_token(self, backend: Backend, client: httpx2.Client) -> None:
         """When the token expires, the stream says when to come back and ends in order."""
         who = bearer(exp=int(utc_now().timestamp()) + 2)

@@ -70,7 +70,8 @@ def _dropping(receive: Receive, deadline: asyncio.Timeout) -> Callable[[], None]
     another server, or behind a middleware with a `receive` of its own, the response ends and the server closes.
     """
     transport: asyncio.Transport | None = getattr(getattr(receive, "__self__", None), "transport", None)
-    if transport is not None:
+    # One whose client has gone while the first values were read takes no limits any more.
+    if transport is not None and not transport.is_closing():
         # What the kernel does not take waits here, and nothing is written after it: better the latest values, later.
         transport.set_write_buffer_limits(high=0)
         # A client that vanished without a word, such as a phone in a tunnel, holds its place for no quarter of an hour.

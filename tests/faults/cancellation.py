@@ -36,6 +36,7 @@ _FEW: Final = 3
 _EXCUSED: Final = 0.001
 """Of all requests so many at most may leave a lease to its end: a busy machine misses the 50 ms in which Redis is told.
 """
+_HARMLESS: Final = ("debug ", "info ", "warning ")
 _STEADY: Final = 30
 """Looks, five a second, that see the same number: longer than the server keeps an idle connection."""
 _KEPT_ALIVE_SECONDS: Final = 5.0
@@ -63,7 +64,7 @@ and invalidations; of the others, which are reads, every answer is judged.
 
 A load goes on without whoever asked for it, and gives up its lease: next to none may run out. Afterwards there must be
 no lease in Redis once the deadline of a load has passed, no busy connection to PostgreSQL, no open stream, no file
-descriptor more than before, and each process must run as many loads at once as it has connections.
+descriptor more than before, no error in a log, and each process must run as many loads at once as it has connections.
 
 {found}
 """
@@ -87,7 +88,7 @@ async def run(made: Scene, requests: int) -> Outcome:
     """Send so many requests, fifty at once, and see what is left behind; nobody else asks meanwhile."""
     rate, made.load.rate = made.load.rate, 0.0
     await _send(made, _WARM, Outcome())
-    before = await _settled(made)
+    before, logged = await _settled(made), made.logged()
     outcome = Outcome()
     async with _leases_that_run_out(made) as leases:
         await _send(made, requests, outcome)
@@ -101,6 +102,8 @@ async def run(made: Scene, requests: int) -> Outcome:
         if now > was:
             outcome.wrong.append(f"process {process} had {was} file descriptors, and has {now}")
     await _check_loads(made, outcome)
+    for process, lines in enumerate(made.said(logged)):
+        outcome.wrong += [f"process {process} logged {line}" for line in lines if not line.startswith(_HARMLESS)]
     await made.ready()
     made.load.rate = rate
     return outcome
