@@ -133,6 +133,14 @@ async def watched_pair(folder: Path) -> AsyncIterator[tuple[Valkey, Valkey, str]
         yield master, replica, f"redis+sentinel://:{_SECRET}@127.0.0.1:{port}/main/0"
 
 
+def named_master(url: str) -> int:
+    """Ask the Sentinel of a URL for the port of the master that clients are to use; 0 while it holds it for down."""
+    parts = urlsplit(url)
+    with redis.Redis(port=parts.port or 0, socket_timeout=SECONDS, decode_responses=True) as sentinel:
+        told = sentinel.sentinel_masters()[parts.path.split("/")[1]]
+    return 0 if told["is_sdown"] or told["is_odown"] else int(told["port"])
+
+
 def role(server: Valkey) -> str:
     """Tell what a server says it is; a switch ends its connections."""
     with suppress(redis.ConnectionError), plain(server) as client:

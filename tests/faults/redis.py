@@ -14,7 +14,7 @@ from goodstanding.embedded import Valkey
 from goodstanding.tasks import background
 from tests.faults.scene import Scene
 from tests.parts import SECONDS, eventually
-from tests.topologies import password, plain, role
+from tests.topologies import named_master, password, plain, role
 
 _STORM_SECONDS: Final = 0.05
 _MANY: Final = 20
@@ -223,10 +223,14 @@ async def password_changed(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def failed_over(scene: Scene) -> AsyncIterator[None]:
-    """Kill the master; Sentinel promotes its replica, and what was the master comes back as one."""
+    """Kill the master; Sentinel promotes its replica and names it to clients; what was the master comes back as one.
+
+    Between the two Sentinel asks the replica once a second, and clients that ask Sentinel get the dead one.
+    """
     master, replica = sorted(scene.redis_servers, key=lambda server: role(server) != "master")
     await scene.do(master.kill)
-    await eventually(lambda: role(replica) == "master")
+    sentinel = scene.served[0].environment["GOODSTANDING_REDIS_URL"]
+    await eventually(lambda: named_master(sentinel) == replica.port)
     try:
         yield
     finally:
