@@ -106,7 +106,7 @@ async def compare(connection: "Connection", policy: ReputationPolicy) -> None:
         everybody = {*USERS, *expected}
         read = {
             row["user_id"]: (row["completed"], row["no_shows"])
-            for row in await connection.fetch(QUERIES["counts"], everybody, *policy.meaning)
+            for row in await connection.fetch(QUERIES["counts"], [str(user) for user in everybody], *policy.meaning)
         }
     if expected != read:
         different = {

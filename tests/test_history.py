@@ -69,6 +69,14 @@ async def test_a_new_user_has_counts_and_an_unknown_one_has_none(database: Datab
     assert {new: SessionCounts(completed=0, no_shows=0)} == await history.counts([new, unknown, new], STANDARD)
 
 
+async def test_no_new_connection_asks_what_a_type_is(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows every type of the counts by itself; it would ask in six round trips, while somebody waits."""
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", None)
+    user = await database.add_user()
+    async with opened(database.service_url) as history:
+        assert {user} == set(await history.counts([user], STANDARD))
+
+
 async def test_a_hundred_users_are_one_call_and_more_are_refused(database: Database, history: SessionHistory) -> None:
     """The bounds of a call are 1 and 100 users."""
     users = [await database.add_user() for _ in range(100)]

@@ -165,7 +165,7 @@ async def test_a_tallied_user_costs_the_same_however_long_the_history(database: 
         )
         if statistics == "fresh":
             await owner.execute("analyze")
-        someone = await owner.fetchval("select md5('user499')::uuid")
+        someone = await owner.fetchval("select md5('user499')::uuid::text")
         looked = await touched(owner, QUERIES["counts"], [someone], *STANDARD.meaning)
     assert {"attributions", "changes", "policy", "tallies", "user_profiles", "wingman_matches"} == set(looked)
     for table, (scanned, rows) in looked.items():
