@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from tests.faults.matrix import ORDINARY, Row, judge_answers, judge_logs, run
 from tests.faults.oracle import Finding, Oracle, Person
 from tests.faults.rows import FAULTS
 from tests.faults.scene import STAGES, Scene, changed_program, scene
+from tests.live import Served
 
 _SEED = secrets.randbelow(2**31)
 _RATE = 60.0
@@ -43,6 +44,20 @@ async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]
     """Give one scene to all faults here."""
     async with scene(tmp_path_factory.mktemp("scene"), seed=_SEED, rate=_RATE, people=400) as one:
         yield one
+
+
+@asynccontextmanager
+async def _changed(one: Served, monkeypatch: pytest.MonkeyPatch, program: Sequence[str]) -> AsyncIterator[None]:
+    """Serve with another program inside the block, and as before after it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "program", program)
+        await one.kill()
+        await one.start()
+    try:
+        yield
+    finally:
+        await one.kill()
+        await one.start()
 
 
 @pytest.mark.slow
@@ -77,16 +92,8 @@ async def test_clients_that_vanish_leave_nothing_behind(made: Scene) -> None:
 )
 async def test_what_is_left_behind_is_found(made: Scene, monkeypatch: pytest.MonkeyPatch, bug: str, found: str) -> None:
     """Every other lease stays, one connection to PostgreSQL, or every other stream: that is found, and nothing else."""
-    one = made.served[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(one, "program", changed_program(bug))
-        await one.kill()
-        await one.start()
-    try:
+    async with _changed(made.served[0], monkeypatch, changed_program(bug)):
         outcome = await cancellation.run(made, 1500)
-    finally:
-        await one.kill()
-        await one.start()
     assert outcome.wrong
     assert all(found in line for line in outcome.wrong)
 
@@ -107,11 +114,8 @@ async def test_a_process_that_drops_what_is_under_way_when_it_is_ended_is_found(
     made: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where SIGTERM ends a process at once, the requests that it had begun are missed, and nothing else is."""
-    one = made.served[0]
-    monkeypatch.setattr(one, "program", changed_program("abrupt"))
-    await one.kill()
-    await one.start()
-    row = await run(_BY_NAME["ours: SIGTERM"], made, timed=False)
+    async with _changed(made.served[0], monkeypatch, changed_program("abrupt")):
+        row = await run(_BY_NAME["ours: SIGTERM"], made, timed=False)
     assert any(" dropped it: " in line for line in row.wrong)
     assert all(" dropped it: " in line for line in row.wrong)
 
@@ -127,16 +131,9 @@ async def test_a_wrong_answer_is_not_forgiven_because_the_harness_was_late(
 
     @asynccontextmanager
     async def mixed_up_and_late(_scene: Scene) -> AsyncIterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(one, "program", next(programs, one.program))
-            await one.kill()
-            await one.start()
-        time.sleep(0.5)  # noqa: ASYNC251 - this loop is to be late
-        try:
+        async with _changed(one, monkeypatch, next(programs, one.program)):
+            time.sleep(0.5)  # noqa: ASYNC251 - this loop is to be late
             yield
-        finally:
-            await one.kill()
-            await one.start()
 
     row = await run(replace(ORDINARY, strike=mixed_up_and_late, seconds=2.0, alone=1, silent=True), made)
     assert row.lag > 0.1
